@@ -1,0 +1,763 @@
+"""HunyuanVideo's DiT, every token on exactly one rank. One forward, top to bottom (B batch, S video and L text tokens,
+H heads × D dims = C hidden, P sequence-parallel ranks):
+
+    latents [B, 16, T, h, w] ── patches, split over the ranks ──> img [B, S/P, C] ─┐
+    text    [B, L, 4096] ────── token refiner, then split ──────> txt [B, L/P, C] ─┼─ 20 dual-stream blocks
+    timestep, guidance, pooled [B, 768] ──> vec [B, C] (modulates every block)  ───┘  40 single-stream blocks
+    velocity [B, 16, T, h, w] <── unpatchify <── gather <── final layer <── img [B, S/P, C] <──┘
+
+Dual-stream (the release's `double_blocks`): video and text have their own qkv and meet only inside attention.
+Single-stream (`single_blocks`): video and text are joined as soon as they enter the block.
+Both call one `attend(q, k, v)`, and ranks meet nowhere else. `group=None` is one device; the same lines run.
+
+    model = HunyuanVideo(HunyuanConfig.preset("tiny"))
+    velocity = model(latents, timestep, text, text_mask, pooled, guidance, group=manager.sp_group)
+
+Source of all formulas: HunyuanVideo, arXiv:2412.03603. Parameter names are the original release's.
+"""
+
+import json
+import math
+import re
+import zlib
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+from comm import all_to_all, gather_sequence, group_rank, group_size, split_sequence, split_sizes
+
+# --------------------------------------------------------------------------------------------------------------------
+# configuration: the defaults are the released 13B model
+
+
+@dataclass(frozen=True)
+class HunyuanConfig:
+    """hidden size C = num_heads * sum(rope_dims). in_channels is 16, or 33 / 32 for image-to-video by concatenation."""
+
+    num_heads: int = 24
+    rope_dims: tuple = (16, 56, 56)  # of a head's dims: time, height, width
+    rope_theta: float = 256.0
+    double_depth: int = 20
+    single_depth: int = 40
+    refiner_depth: int = 2
+    mlp_ratio: float = 4.0  # of the blocks; the refiner's is always 4
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple = (1, 2, 2)
+    text_dim: int = 4096
+    pooled_dim: int = 768
+    guidance_embed: bool = True
+
+    @property
+    def head_dim(self):
+        return sum(self.rope_dims)
+
+    @property
+    def hidden_size(self):
+        return self.num_heads * self.head_dim
+
+    @classmethod
+    def preset(cls, name, **changes):
+        """ "13b": the release. "tiny": 0.7M parameters for CPUs, 3 channels, no guidance embedding."""
+        presets = {"13b": cls(), "tiny": TINY}
+        if name not in presets:
+            raise ValueError(f"no preset {name!r}: there are {', '.join(presets)}")
+        return replace(presets[name], **changes)
+
+    @classmethod
+    def from_dict(cls, values):
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            raise ValueError(f"config fields differ: missing {known - set(values)}, unknown {set(values) - known}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+TINY = HunyuanConfig(
+    num_heads=6,
+    rope_dims=(4, 6, 6),
+    double_depth=2,
+    single_depth=2,
+    refiner_depth=1,
+    mlp_ratio=2.0,
+    in_channels=3,
+    out_channels=3,
+    text_dim=32,
+    pooled_dim=32,
+    guidance_embed=False,
+)
+
+# --------------------------------------------------------------------------------------------------------------------
+# pointwise functions: bf16 in and out, float32 inside where the model is defined so
+
+
+def widen(x):
+    """float32 at least: bf16 is widened, float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def layer_norm(x):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+def sinusoid(t):
+    """t [B] -> [B, 256], cosines first. float32 is part of the definition: t = 6016 has no exact phase otherwise."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
+    angle = t.float()[:, None] * frequencies
+    return torch.cat((angle.cos(), angle.sin()), 1)
+
+
+def rope_table(grid, dims, theta, start, stop, device=None):
+    """cos, sin [stop - start, D/2] in float32 for tokens start..stop of the (t, h, w) raster, w fastest."""
+    index = torch.arange(start, stop, device=device)
+    positions = (index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2])
+    halves = [torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim for dim in dims]
+    angle = torch.cat([p.float()[:, None] / theta**half for p, half in zip(positions, halves)], 1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """x [B, L, H, D], rope of its L tokens: channels (2i, 2i+1) turn by angle i."""
+    cos, sin = (table[:, None] for table in rope)
+    even, odd = widen(x).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+
+
+def patchify(x, patch_size):
+    """[B, C, T, h, w] -> [B, S, C*pt*ph*pw], tokens in (t, h, w) raster order."""
+    pt, ph, pw = patch_size
+    return rearrange(x, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+
+
+def unpatchify(x, grid, patch_size):
+    """[B, S, C*pt*ph*pw] -> [B, C, T, h, w], the inverse of patchify; grid counts patches."""
+    (t, h, w), (pt, ph, pw) = grid, patch_size
+    pattern = "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)"
+    return rearrange(x, pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# attention: the only place where tokens, and therefore ranks, meet
+
+# fastest first on Hopper: 655, 350 and 180 TFLOP/s at 32k tokens
+BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def attention(q, k, v):
+    """q, k, v [B, L, H, D] -> [B, L, H, D]. Never a mask: it costs 1.5x, and lengths are known instead."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def joint_attention(q, k, v, video, text, group=None):
+    """Attention over `video` tokens and the first text[b] text tokens of each sample: q, k, v [B, L/P, H, D] -> [B, L/P, C].
+
+    video: tokens over all ranks; text: B valid lengths; both were split as split_sizes does, text at max(text).
+    Locally video comes before text, so after the exchange the order is video0 text0 video1 text1 ..: attention does not
+    care, and position is in q and k already. Padding attends to nothing and gets zeros.
+    """
+    video_sizes, text_sizes = split_sizes(video, group), split_sizes(max(text), group)
+    tokens, heads = [a + b for a, b in zip(video_sizes, text_sizes)], split_sizes(q.shape[2], group)
+    q, k, v = all_to_all((q, k, v), group, 2, 1, heads, tokens)  # [B, L, H/P, D]
+    if min(text) == max(text):
+        out = attention(q, k, v)
+    else:
+        starts = [sum(text_sizes[:rank]) for rank in range(len(text_sizes))]
+        out = torch.stack([
+            _attention_of_valid(
+                [x[b] for x in (q, k, v)],
+                [n + min(max(text[b] - start, 0), m) for n, m, start in zip(video_sizes, text_sizes, starts)],
+                tokens,
+            )
+            for b in range(len(text))
+        ])  # fmt: skip
+    return all_to_all(out, group, 1, 2, tokens, heads).flatten(2)
+
+
+def _attention_of_valid(qkv, valid, tokens):
+    """One sample, q, k, v [L, H, D] -> [L, H, D]: of each rank's tokens[i], the first valid[i] are real."""
+    sizes = [size for n, total in zip(valid, tokens) for size in (n, total - n)]
+    q, k, v = (torch.cat(x.split(sizes)[::2])[None] for x in qkv)
+    real = attention(q, k, v)[0].split(valid)
+    return torch.cat([x for part, pad in zip(real, sizes[1::2]) for x in (part, part.new_zeros(pad, *part.shape[1:]))])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# modules: only where there are parameters
+
+
+class RMSNorm(nn.Module):
+    """Over a head's dims. It rounds before the weight, as the release does; F.rms_norm rounds once."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        wide = widen(x)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden, activation):
+        super().__init__()
+        self.fc1, self.fc2, self.activation = nn.Linear(dim, hidden), nn.Linear(hidden, dim), activation
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class TimeEmbedder(nn.Module):
+    """t [B] in 0..1000 -> [B, C]."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t):
+        return self.mlp(sinusoid(t).to(self.mlp[0].weight.dtype))
+
+
+class VectorEmbedder(nn.Module):
+    def __init__(self, dim_in, dim):
+        super().__init__()
+        self.in_layer, self.out_layer = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class TextEmbedder(nn.Module):
+    def __init__(self, dim_in, dim):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Modulation(nn.Module):
+    """vec [B, C] -> `count` tensors [B, 1, C]."""
+
+    def __init__(self, dim, count):
+        super().__init__()
+        self.linear, self.count = nn.Linear(dim, count * dim), count
+
+    def forward(self, vec):
+        return self.linear(F.silu(vec))[:, None].chunk(self.count, -1)
+
+
+gelu = partial(F.gelu, approximate="tanh")
+
+
+class RefinerBlock(nn.Module):
+    """Text alone: gates from the condition, no shift and scale, no rope, no qk-norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim, self.num_heads = config.hidden_size, config.num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.self_attn_qkv, self.self_attn_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = MLP(dim, 4 * dim, F.silu)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, txt, condition, attend):
+        gate1, gate2 = self.adaLN_modulation(condition)[:, None].chunk(2, -1)
+        qkv = rearrange(self.self_attn_qkv(self.norm1(txt)), "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
+        txt = txt + gate1 * self.self_attn_proj(attend(*qkv))
+        return txt + gate2 * self.mlp(self.norm2(txt))
+
+
+class TokenRefiner(nn.Module):
+    """text [B, L, 4096], t [B] -> [B, L, C]. Small, so it runs whole on every rank of an sp group."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim = config.hidden_size
+        self.input_embedder = nn.Linear(config.text_dim, dim)
+        self.t_embedder = TimeEmbedder(dim)
+        self.c_embedder = TextEmbedder(config.text_dim, dim)
+        self.individual_token_refiner = nn.Module()
+        blocks = [RefinerBlock(config) for _ in range(config.refiner_depth)]
+        self.individual_token_refiner.blocks = nn.ModuleList(blocks)
+
+    def forward(self, text, t, lengths):
+        counts = torch.tensor(lengths, device=text.device)[:, None]
+        valid = torch.arange(text.shape[1], device=text.device) < counts
+        mean = (widen(text) * valid[..., None]).sum(1) / counts
+        condition = self.t_embedder(t) + self.c_embedder(mean.to(text.dtype))
+        txt = self.input_embedder(text)
+        attend = partial(joint_attention, video=0, text=lengths)
+        for block in self.individual_token_refiner.blocks:
+            txt = block(txt, condition, attend)
+        return txt
+
+
+class DoubleBlock(nn.Module):
+    """Dual-stream: two streams of weights, one attention. img [B, S/P, C], txt [B, L/P, C] -> the same."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim, hidden, self.num_heads = config.hidden_size, int(config.hidden_size * config.mlp_ratio), config.num_heads
+        self.img_mod, self.txt_mod = Modulation(dim, 6), Modulation(dim, 6)
+        self.img_attn_qkv, self.txt_attn_qkv = nn.Linear(dim, 3 * dim), nn.Linear(dim, 3 * dim)
+        self.img_attn_q_norm, self.img_attn_k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
+        self.txt_attn_q_norm, self.txt_attn_k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
+        self.img_attn_proj, self.txt_attn_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.img_mlp, self.txt_mlp = MLP(dim, hidden, gelu), MLP(dim, hidden, gelu)
+
+    def forward(self, img, txt, vec, rope, attend):
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+
+        # each stream its own q, k, v [B, S/P or L/P, H, D]
+        img_qkv = self.img_attn_qkv(modulate(layer_norm(img), img_shift1, img_scale1))
+        txt_qkv = self.txt_attn_qkv(modulate(layer_norm(txt), txt_shift1, txt_scale1))
+        img_q, img_k, img_v = rearrange(img_qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
+        txt_q, txt_k, txt_v = rearrange(txt_qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
+
+        # joined for attention alone
+        q = torch.cat((self.img_attn_q_norm(img_q), self.txt_attn_q_norm(txt_q)), 1)
+        k = torch.cat((self.img_attn_k_norm(img_k), self.txt_attn_k_norm(txt_k)), 1)
+        out = attend(rotate(q, rope), rotate(k, rope), torch.cat((img_v, txt_v), 1))
+        img_out, txt_out = out.split((img.shape[1], txt.shape[1]), 1)
+
+        img = img + img_gate1 * self.img_attn_proj(img_out)
+        txt = txt + txt_gate1 * self.txt_attn_proj(txt_out)
+        img = img + img_gate2 * self.img_mlp(modulate(layer_norm(img), img_shift2, img_scale2))
+        txt = txt + txt_gate2 * self.txt_mlp(modulate(layer_norm(txt), txt_shift2, txt_scale2))
+        return img, txt
+
+
+class SingleBlock(nn.Module):
+    """Single-stream: attention and MLP side by side on x [B, (S+L)/P, C], this rank's video tokens, then its text."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim, hidden, self.num_heads = config.hidden_size, int(config.hidden_size * config.mlp_ratio), config.num_heads
+        self.modulation = Modulation(dim, 3)
+        self.linear1, self.linear2 = nn.Linear(dim, 3 * dim + hidden), nn.Linear(dim + hidden, dim)
+        self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
+
+    def forward(self, x, vec, rope, attend):
+        shift, scale, gate = self.modulation(vec)
+        hidden = self.linear1(modulate(layer_norm(x), shift, scale))
+        qkv, mlp = hidden.split((3 * x.shape[2], hidden.shape[2] - 3 * x.shape[2]), 2)
+        q, k, v = rearrange(qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
+        out = attend(rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v)
+        return x + gate * self.linear2(torch.cat((out, gelu(mlp)), 2))
+
+
+class PatchEmbed(nn.Module):
+    """The release's convolution, kernel = stride, as the matrix product it is: it works on any rank's tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
+
+    def forward(self, patches):
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim = config.hidden_size
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.linear = nn.Linear(dim, config.out_channels * math.prod(config.patch_size))
+
+    def forward(self, img, vec):
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, -1)
+        return self.linear(modulate(layer_norm(img), shift, scale))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the model
+
+# what `checkpointing="attention"` keeps: outputs and log-sum-exps. Recomputing them is 87 % of recomputing a block
+KEPT = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+CHECKPOINTING = {
+    "none": None,
+    "full": noop_context_fn,
+    "attention": partial(create_selective_checkpoint_contexts, KEPT),
+}
+
+
+class HunyuanVideo(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, dim = config, config.hidden_size
+        self.img_in = PatchEmbed(config)
+        self.txt_in = TokenRefiner(config)
+        self.time_in = TimeEmbedder(dim)
+        self.vector_in = VectorEmbedder(config.pooled_dim, dim)
+        if config.guidance_embed:
+            self.guidance_in = TimeEmbedder(dim)
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_depth))
+        self.final_layer = FinalLayer(config)
+
+    def forward(
+        self, latents, timestep, text, text_mask, pooled, guidance=None, group=None, gather=True, checkpointing="none"
+    ):
+        """The velocity [B, out_channels, T, h, w]; with gather=False this rank's patches of it [B, S/P, out*pt*ph*pw].
+
+        latents [B, in_channels, T, h, w], h and w even; timestep [B] float in 0..1000 (1000 = noise); text [B, L, text_dim];
+        text_mask [B, L], 1 = real, right-padded (on the CPU it costs no synchronisation); pooled [B, pooled_dim];
+        guidance [B], scale * 1000 (the release computes 6.0 in bf16: 6016), for models that embed it.
+        group: the sp process group, whose ranks must all pass equal inputs. checkpointing: none, full or attention.
+        Padding influences nothing, and each sample of a batch is exactly as if alone.
+        ValueError for inputs that do not fit, before anything is exchanged.
+        """
+        lengths = self._check(latents, timestep, text, text_mask, pooled, guidance, group)
+        dtype = self.img_in.proj.weight.dtype
+        grid = [n // p for n, p in zip(latents.shape[2:], self.config.patch_size)]
+        video, run = math.prod(grid), partial(_run, checkpointing)
+        latents, text, pooled = latents.to(dtype), text[:, : max(lengths)].to(dtype), pooled.to(dtype)
+
+        # what modulates every token, [B, C] and equal on every rank
+        vec = self.time_in(timestep) + self.vector_in(pooled)
+        if self.config.guidance_embed:
+            vec = vec + self.guidance_in(guidance)
+
+        # from here on every token lives on one rank
+        img = self.img_in(split_sequence(patchify(latents, self.config.patch_size), group))  # [B, S/P, C]
+        txt = split_sequence(self.txt_in(text, timestep, lengths), group)  # [B, L/P, C]
+        rope = self._rope(grid, img.shape[1], txt.shape[1], group, img.device)
+        attend = partial(joint_attention, video=video, text=lengths, group=group)
+
+        for block in self.double_blocks:
+            img, txt = run(block, img, txt, vec, rope, attend)
+        x = torch.cat((img, txt), 1)
+        for block in self.single_blocks:
+            x = run(block, x, vec, rope, attend)
+        out = self.final_layer(x[:, : img.shape[1]], vec)
+
+        if not gather:
+            return out.clone()  # FSDP2 wants no view from its modules
+        # 64 numbers a token are cheaper to gather than 3072
+        return unpatchify(gather_sequence(out, group, video), grid, self.config.patch_size)
+
+    def _rope(self, grid, video, text, group, device):
+        """The rows of this rank's video tokens, then no rotation for its text tokens."""
+        start = sum(split_sizes(math.prod(grid), group)[: group_rank(group)])
+        config = self.config
+        cos, sin = rope_table(grid, config.rope_dims, config.rope_theta, start, start + video, device)
+        still = cos.new_ones(text, cos.shape[1])
+        return torch.cat((cos, still)), torch.cat((sin, still - 1))
+
+    def _check(self, latents, timestep, text, text_mask, pooled, guidance, group):
+        config = self.config
+        if group_size(group) > config.num_heads:
+            raise ValueError(f"{group_size(group)} sequence-parallel ranks are more than the {config.num_heads} heads")
+        if latents.dim() != 5 or latents.shape[1] != config.in_channels:
+            raise ValueError(f"latents {list(latents.shape)} are not [B, {config.in_channels}, T, h, w]")
+        for n, patch, axis in zip(latents.shape[2:], config.patch_size, ("frames", "height", "width")):
+            if n < patch or n % patch:
+                raise ValueError(f"latent {axis} {n} is not a multiple of the patch size {patch}")
+        batch, length = len(latents), text.shape[1] if text.dim() == 3 else -1
+        wanted = dict(timestep=[batch], text=[batch, length, config.text_dim], text_mask=[batch, length])
+        wanted |= dict(pooled=[batch, config.pooled_dim])
+        given = dict(timestep=timestep, text=text, text_mask=text_mask, pooled=pooled)
+        if config.guidance_embed != (guidance is not None):
+            raise ValueError(
+                f"this model has {'a' if config.guidance_embed else 'no'} guidance embedding, "
+                f"guidance was {'missing' if guidance is None else 'given'}"
+            )
+        if guidance is not None:
+            wanted, given = wanted | dict(guidance=[batch]), given | dict(guidance=guidance)
+        for name, shape in wanted.items():
+            if list(given[name].shape) != shape:
+                raise ValueError(f"{name} is {list(given[name].shape)}, expected {shape} beside {batch} latents")
+        return text_lengths(text_mask)
+
+
+def text_lengths(mask):
+    """mask [B, L] -> B lengths. ValueError for a row that is not some ones (at least one), then zeros."""
+    mask = mask.bool().cpu()
+    lengths = mask.sum(1).tolist()
+    for row, length in enumerate(lengths):
+        if length == 0:
+            raise ValueError(f"text mask row {row} is all zero: a sample needs at least one text token")
+        if not mask[row, :length].all():
+            raise ValueError(f"text mask row {row} has {length} ones that are not its first {length}: pad on the right")
+    return lengths
+
+
+def _run(checkpointing, block, *args):
+    if checkpointing not in CHECKPOINTING:
+        raise ValueError(f"checkpointing {checkpointing!r} is none of {', '.join(CHECKPOINTING)}")
+    if checkpointing == "none" or not torch.is_grad_enabled():
+        return block(*args)
+    context = CHECKPOINTING[checkpointing]
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+
+
+def forward_flops(config, video, text):
+    """Of one sample's forward: linears and attention of the blocks, 2 a multiply-add. text is trimmed to its length."""
+    dim, blocks, n = config.hidden_size, config.double_depth + config.single_depth, video + text
+    linears = (8 + 4 * config.mlp_ratio) * dim * dim * n * blocks
+    return linears + 4 * dim * n * n * blocks
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# weights: initialised or loaded parameter by parameter, so that a sharded model never exists whole anywhere
+
+
+@torch.no_grad()
+def assign(param, full):
+    """Put a full tensor, equal on all ranks, into a parameter; of a sharded one each rank keeps its part."""
+    full = full.to(param.device, param.dtype)
+    if isinstance(param, DTensor):
+        full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+    param.copy_(full)
+
+
+def init_weights(model, seed=0):
+    """Initialise for training from scratch; a parameter's values depend on (seed, its name) alone, not on the layout.
+
+    Modulations and the last layer start at zero, so that every block starts as the identity.
+    """
+    shapes = {name: param.shape for name, param in model.named_parameters()}
+    for name, param in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        generator = torch.Generator(param.device).manual_seed(zlib.crc32(name.encode()) + seed)
+        full = torch.empty(param.shape, device=param.device)
+        if re.search(r"mod\.linear|modulation|final_layer\.linear", name) or name == "img_in.proj.bias":
+            full.zero_()
+        elif re.search(r"norm\d?$", module):
+            full.fill_(1.0 if kind == "weight" else 0.0)
+        elif re.search(r"(time_in|guidance_in|t_embedder)\.mlp", name) and kind == "weight":
+            full.normal_(0, 0.02, generator=generator)
+        else:
+            fan_in = math.prod(shapes[module + ".weight"][1:])
+            fan_out = shapes[module + ".weight"][0]
+            bound = math.sqrt(6 / (fan_in + fan_out)) if name == "img_in.proj.weight" else 1 / math.sqrt(fan_in)
+            full.uniform_(-bound, bound, generator=generator)
+        assign(param, full)
+
+
+# original name, diffusers name (several: its rows are split over them), ComfyUI name where it is another
+# fmt: off
+NAMES = [
+    ("img_in.proj", "x_embedder.proj", ""),
+    ("time_in.mlp.0", "time_text_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+    ("time_in.mlp.2", "time_text_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+    ("guidance_in.mlp.0", "time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
+    ("guidance_in.mlp.2", "time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
+    ("vector_in.in_layer", "time_text_embed.text_embedder.linear_1", ""),
+    ("vector_in.out_layer", "time_text_embed.text_embedder.linear_2", ""),
+    ("txt_in.input_embedder", "context_embedder.proj_in", ""),
+    ("txt_in.t_embedder.mlp.0", "context_embedder.time_text_embed.timestep_embedder.linear_1", "txt_in.t_embedder.in_layer"),
+    ("txt_in.t_embedder.mlp.2", "context_embedder.time_text_embed.timestep_embedder.linear_2", "txt_in.t_embedder.out_layer"),
+    ("txt_in.c_embedder.linear_1", "context_embedder.time_text_embed.text_embedder.linear_1", "txt_in.c_embedder.in_layer"),
+    ("txt_in.c_embedder.linear_2", "context_embedder.time_text_embed.text_embedder.linear_2", "txt_in.c_embedder.out_layer"),
+    *[(f"txt_in.individual_token_refiner.blocks.*.{a}", " ".join(f"context_embedder.token_refiner.refiner_blocks.*.{x}" for x in b.split()), c and f"txt_in.individual_token_refiner.blocks.*.{c}") for a, b, c in [
+        ("norm1", "norm1", ""),
+        ("norm2", "norm2", ""),
+        ("self_attn_qkv", "attn.to_q attn.to_k attn.to_v", "self_attn.qkv"),
+        ("self_attn_proj", "attn.to_out.0", "self_attn.proj"),
+        ("mlp.fc1", "ff.net.0.proj", "mlp.0"),
+        ("mlp.fc2", "ff.net.2", "mlp.2"),
+        ("adaLN_modulation.1", "norm_out.linear", ""),
+    ]],
+    *[(f"double_blocks.*.{a}", " ".join(f"transformer_blocks.*.{x}" for x in b.split()), f"double_blocks.*.{c}") for a, b, c in [
+        ("img_mod.linear", "norm1.linear", "img_mod.lin"),
+        ("txt_mod.linear", "norm1_context.linear", "txt_mod.lin"),
+        ("img_attn_qkv", "attn.to_q attn.to_k attn.to_v", "img_attn.qkv"),
+        ("txt_attn_qkv", "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "txt_attn.qkv"),
+        ("img_attn_q_norm", "attn.norm_q", "img_attn.norm.query_norm"),
+        ("img_attn_k_norm", "attn.norm_k", "img_attn.norm.key_norm"),
+        ("txt_attn_q_norm", "attn.norm_added_q", "txt_attn.norm.query_norm"),
+        ("txt_attn_k_norm", "attn.norm_added_k", "txt_attn.norm.key_norm"),
+        ("img_attn_proj", "attn.to_out.0", "img_attn.proj"),
+        ("txt_attn_proj", "attn.to_add_out", "txt_attn.proj"),
+        ("img_mlp.fc1", "ff.net.0.proj", "img_mlp.0"),
+        ("img_mlp.fc2", "ff.net.2", "img_mlp.2"),
+        ("txt_mlp.fc1", "ff_context.net.0.proj", "txt_mlp.0"),
+        ("txt_mlp.fc2", "ff_context.net.2", "txt_mlp.2"),
+    ]],
+    *[(f"single_blocks.*.{a}", " ".join(f"single_transformer_blocks.*.{x}" for x in b.split()), c and f"single_blocks.*.{c}") for a, b, c in [
+        ("modulation.linear", "norm.linear", "modulation.lin"),
+        ("linear1", "attn.to_q attn.to_k attn.to_v proj_mlp", ""),
+        ("linear2", "proj_out", ""),
+        ("q_norm", "attn.norm_q", "norm.query_norm"),
+        ("k_norm", "attn.norm_k", "norm.key_norm"),
+    ]],
+    ("final_layer.adaLN_modulation.1", "norm_out.linear", ""),
+    ("final_layer.linear", "proj_out", ""),
+]
+# fmt: on
+TABLE = {original: (diffusers.split(), [comfyui or original]) for original, diffusers, comfyui in NAMES}
+NAMINGS = ("original", "diffusers", "comfyui")
+PREFIXES = "model.diffusion_model. model.model. diffusion_model. transformer. module. model. _orig_mod.".split()
+
+
+def names_in(naming, name):
+    """The names under which another release keeps the rows of our parameter `name`."""
+    if naming not in NAMINGS:
+        raise ValueError(f"no naming {naming!r}: there are {', '.join(NAMINGS)}")
+    if naming == "original":
+        return [name]
+    module, _, kind = name.rpartition(".")
+    number = re.search(r"blocks\.(\d+)\.", module)
+    pattern = re.sub(r"blocks\.\d+\.", "blocks.*.", module)
+    return [f"{n.replace('*', number[1] if number else '*')}.{kind}" for n in TABLE[pattern][naming == "comfyui"]]
+
+
+def naming_of(names):
+    """original, diffusers or comfyui, by what only one of them has."""
+    if any(n.startswith(("x_embedder.", "single_transformer_blocks.", "transformer_blocks.")) for n in names):
+        return "diffusers"
+    return "comfyui" if any(re.search(r"_attn\.qkv|_mod\.lin\.|^time_in\.in_layer", n) for n in names) else "original"
+
+
+def _swap_halves(naming, name, tensor):
+    """diffusers keeps the final layer's modulation as (scale, shift), the release as (shift, scale)."""
+    swap = naming == "diffusers" and name.startswith("final_layer.adaLN_modulation")
+    return torch.cat(tensor.chunk(2)[::-1]) if swap else tensor
+
+
+def export_weight(config, name, tensor, naming):
+    """One parameter of ours as {name: tensor} of another naming; ("original" gives it back)."""
+    names, rows = names_in(naming, name), config.hidden_size
+    sizes = [rows] * (len(names) - 1) + [len(tensor) - rows * (len(names) - 1)]
+    return dict(zip(names, _swap_halves(naming, name, tensor).split(sizes)))
+
+
+def load_weights(model, source):
+    """Load a file, a folder or a dict of tensors in any of the three namings, strictly; sharded models too.
+
+    source: .safetensors file, folder of them, the original .pt, or {name: tensor}. All names, shapes and types are checked
+    first, so that nothing is loaded unless everything fits; then it streams tensor by tensor, each rank keeping its part.
+    ValueError says which names are missing, unknown or of another shape, and how many.
+    """
+    tensors = _readers(source)
+    for prefix in (p for p in PREFIXES for _ in range(2)):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    tensors = {re.sub(r"(query|key)_norm\.scale$", r"\1_norm.weight", name): value for name, value in tensors.items()}
+    naming = naming_of(tensors)
+    params = dict(model.named_parameters())
+    sources, wrong = {name: names_in(naming, name) for name in params}, []
+    wanted = {n for names in sources.values() for n in names}
+    for name, names in sources.items():
+        shapes = [tensors[n][0] for n in names if n in tensors]
+        if len(shapes) == len(names):
+            whole = [sum(s[0] for s in shapes), *shapes[0][1:]] if all(shapes) else []
+            if whole != list(params[name].shape) or any(s[1:] != shapes[0][1:] for s in shapes):
+                wrong.append(f"{' + '.join(names)} is {whole}, the model has {list(params[name].shape)}")
+    problems = dict(missing=sorted(wanted - set(tensors)), unknown=sorted(set(tensors) - wanted))
+    problems |= {"of another shape": wrong}
+    if any(problems.values()):
+        told = [f"{len(v)} {k} ({', '.join(v[:3])}{', ..' * (len(v) > 3)})" for k, v in problems.items() if v]
+        raise ValueError(f"weights in {naming} naming do not fit the model: {'; '.join(told)}")
+    for name, names in sources.items():
+        parts = [tensors[n][1]() for n in names]
+        assign(params[name], _swap_halves(naming, name, torch.cat(parts) if len(parts) > 1 else parts[0]))
+
+
+def _readers(source):
+    """{name: (shape, function that reads the tensor)}; nothing is unpickled but tensors."""
+    if not isinstance(source, dict):
+        path = Path(source)
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files or not all(f.is_file() for f in files):
+            raise FileNotFoundError(f"no weights at {path}: expected a .safetensors or .pt file, or a folder with some")
+        if files[0].suffix == ".safetensors":
+            return {name: reader for file in files for name, reader in _open(file).items()}
+        source = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for key in ("module", "ema", "model", "state_dict"):
+            source = source[key] if key in source and isinstance(source[key], dict) else source
+    return {name: (list(t.shape), partial(lambda t: t, t)) for name, t in source.items()}
+
+
+def _open(file):
+    try:
+        handle = safe_open(file, "pt")
+        return {name: (handle.get_slice(name).get_shape(), partial(handle.get_tensor, name)) for name in handle.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
+
+
+def save_weights(model, folder, naming="original", dtype=torch.bfloat16, shard_bytes=5 * 10**9):
+    """Export for others: sharded safetensors with an index, as diffusers' from_pretrained reads them, and config.json.
+
+    Collective: all ranks call it, rank 0 writes. A sharded model is gathered one parameter at a time.
+    """
+    folder, stem, writes = Path(folder), "diffusion_pytorch_model", not dist.is_initialized() or dist.get_rank() == 0
+    shards, index, held = [{}], {}, 0
+    for name, param in model.named_parameters():
+        full = (param.full_tensor() if isinstance(param, DTensor) else param).detach().to("cpu", dtype)
+        for key, tensor in export_weight(model.config, name, full, naming).items():
+            if held and held + tensor.nbytes > shard_bytes:
+                _write_shard(writes, folder, stem, shards)
+                shards, held = [*shards, {}], 0
+            shards[-1][key], index[key], held = tensor.contiguous(), len(shards), held + tensor.nbytes
+    _write_shard(writes, folder, stem, shards)
+    if writes:
+        names = {i: f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
+        for i, final in names.items():
+            (folder / f"{stem}-{i:05d}.safetensors").replace(folder / final)
+        weight_map = {key: names[i] for key, i in index.items()}
+        document = dict(metadata=dict(total_size=sum(Path(folder / n).stat().st_size for n in names.values())))
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps(document | dict(weight_map=weight_map), indent=1)
+        )
+        config = diffusers_config(model.config) if naming == "diffusers" else asdict(model.config)
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def _write_shard(writes, folder, stem, shards):
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(shards[-1], folder / f"{stem}-{len(shards):05d}.safetensors", metadata=dict(format="pt"))
+    shards[-1] = {}
+
+
+def diffusers_config(config):
+    """The config.json of diffusers' HunyuanVideoTransformer3DModel."""
+    return dict(
+        _class_name="HunyuanVideoTransformer3DModel",
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        num_layers=config.double_depth,
+        num_single_layers=config.single_depth,
+        num_refiner_layers=config.refiner_depth,
+        mlp_ratio=config.mlp_ratio,
+        patch_size=config.patch_size[1],
+        patch_size_t=config.patch_size[0],
+        qk_norm="rms_norm",
+        guidance_embeds=config.guidance_embed,
+        text_embed_dim=config.text_dim,
+        pooled_projection_dim=config.pooled_dim,
+        rope_theta=config.rope_theta,
+        rope_axes_dim=list(config.rope_dims),
+    )

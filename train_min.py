@@ -1,0 +1,465 @@
+"""Train HunyuanVideo's DiT under data × sequence parallelism, the whole story top to bottom.
+
+    $ torchrun --nproc_per_node=2 train_min.py                  # a tiny model learns moving shapes, minutes on a CPU
+    $ torchrun --nproc_per_node=6 train_min.py --sp 3           # 2 data-parallel groups of 3 sequence-parallel ranks
+    $ torchrun --nproc_per_node=4 train_min.py --config 13b --sp 4 --height 720 --width 1280 --frames 49 --steps 5
+    $ torchrun --nproc_per_node=8 train_min.py --config 13b --sp 4 --data latents/ --weights transformer/ --resume
+
+Plain `python train_min.py` runs the same lines as a world of one. The loss curve is the same for every (dp, sp).
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import DataLoader
+
+from comm import ParallelManager, split_sequence
+from hunyuan_sp import CHECKPOINTING, HunyuanConfig, HunyuanVideo, forward_flops, init_weights, load_weights, patchify
+from sampler import DPSPBatchSampler
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--config", default="tiny", help="model preset: tiny (default) or 13b")
+    p.add_argument("--blocks", help="cut the depth to D,S double and single blocks, e.g. 4,8")
+    p.add_argument("--dp", "--data_parallel_size", type=int, help="data-parallel groups (default: world size / sp)")
+    p.add_argument(
+        "--sp", "--sequence_parallel_size", type=int, default=1, help="ranks that share a sample (default 1)"
+    )
+    p.add_argument(
+        "--shard_size", type=int, help="HSDP: shard weights over so many ranks, replicate beyond (default: all)"
+    )
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    p.add_argument("--data", help="folder with one .safetensors a sample (default: generated data)")
+    p.add_argument("--height", type=int, default=256, help="video height of random latents, for --config 13b")
+    p.add_argument("--width", type=int, default=256, help="video width of random latents")
+    p.add_argument("--frames", type=int, default=17, help="video frames of random latents, 4k+1")
+    p.add_argument("--text_tokens", type=int, default=60, help="text tokens of random latents")
+    p.add_argument("--steps", type=int, default=1000, help="optimizer steps in all, those before a resume included")
+    p.add_argument("--batch", type=int, help="global batch: samples a step over all ranks (default 16; 13b: dp)")
+    p.add_argument("--accumulation", type=int, default=1, help="micro-batches a step")
+    p.add_argument("--lr", type=float, help="peak learning rate, then a cosine to a tenth (default 2e-3; 13b: 1e-5)")
+    p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
+    p.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's")
+    p.add_argument("--clip", type=float, default=1.0, help="global gradient norm")
+    p.add_argument("--shift", type=float, default=3.0, help="flow shift of the noise levels; 7 for 720p x 129 frames")
+    p.add_argument("--guidance", type=float, default=1.0, help="guidance scale fed to models that embed it")
+    p.add_argument("--caption_drop", type=float, default=0.1, help="chance of training a sample without its text")
+    p.add_argument(
+        "--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)"
+    )
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="compute (default bfloat16 on GPUs, float32 on CPUs)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of weights, order, noise and caption drop")
+    p.add_argument("--weights", help="start from this file or folder (original, diffusers or ComfyUI naming)")
+    p.add_argument("--out", default="out", help="folder of checkpoints and log.jsonl")
+    p.add_argument("--save_every", type=int, default=0, help="steps between checkpoints (default: only at the end)")
+    p.add_argument("--no_save", action="store_true", help="no checkpoints at all, for benchmarks")
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, on any layout")
+    p.add_argument("--workers", type=int, default=0, help="processes that load data, for each rank")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = p.parse_args(argv)
+    big = args.config != "tiny"
+    args.lr = args.lr or (1e-5 if big else 2e-3)
+    args.checkpointing = args.checkpointing or ("attention" if big else "none")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# data: item i is (i, latents [C, T, h, w], text [L, text_dim], pooled [pooled_dim])
+
+COLOURS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1), yellow=(1, 1, 0), purple=(1, 0, 1), cyan=(0, 1, 1))
+SHAPES = ("square", "circle", "cross")
+DIRECTIONS = dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0))
+CAPTIONS = [f"a {c} {s} moves {d}" for c in COLOURS for s in SHAPES for d in DIRECTIONS]
+
+
+def draw_clip(caption, generator, frames=4, size=16):
+    """The clip that a caption describes, [3, frames, size, size] in -1..1, at a random place: 2 pixels a frame."""
+    words = caption.split()
+    colour = next(COLOURS[w] for w in words if w in COLOURS)
+    direction = next(DIRECTIONS[w] for w in words if w in DIRECTIONS)
+    radius, way = (2 if "small" in words else 3), 2 * (frames - 1)
+    spans = [(radius + way * (d < 0), size - 1 - radius - way * (d > 0)) for d in direction]
+    start = [int(torch.randint(low, high + 1, (), generator=generator)) for low, high in spans]
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    clip = torch.full((3, frames, size, size), -1.0)
+    for t in range(frames):
+        dy, dx = [(axis - s - 2 * t * d).abs() for axis, s, d in zip((y, x), start, direction)]
+        inside = torch.maximum(dy, dx) <= radius
+        if "circle" in words:
+            inside = dy**2 + dx**2 <= radius**2 + 1
+        if "cross" in words:
+            inside &= torch.minimum(dy, dx) <= radius // 3
+        clip[:, t] = torch.where(inside, torch.tensor(colour)[:, None, None] * 2.0 - 1, clip[:, t])
+    return clip
+
+
+def embed_text(prompt, text_dim, pooled_dim):
+    """A fixed text embedder: a word is a random vector that only depends on its letters. Stands in for the two encoders.
+
+    prompt -> text [words, text_dim], pooled [pooled_dim]. No words give one token of zeros, as a dropped caption does.
+    """
+    words = prompt.lower().split()
+    if not words:
+        return torch.zeros(1, text_dim), torch.zeros(pooled_dim)
+    vectors = [torch.randn(text_dim + pooled_dim, generator=seeded("word", word)) for word in words]
+    text, pooled = torch.stack(vectors).split((text_dim, pooled_dim), 1)
+    return text, pooled.sum(0) / math.sqrt(len(words))
+
+
+def seeded(*key):
+    """A random stream that is a function of the key alone: never of a rank, nor of what came before."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Shapes:
+    """Clips of coloured shapes that move, with captions of five or six words."""
+
+    def __init__(self, config, length=4096):
+        self.config, self.length, self.shapes = config, length, None
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        generator, caption = seeded("clip", int(i)), CAPTIONS[i % len(CAPTIONS)]
+        if torch.rand((), generator=generator) < 0.3:
+            caption = caption.replace("a ", "a small ", 1)
+        return i, draw_clip(caption, generator), *embed_text(caption, self.config.text_dim, self.config.pooled_dim)
+
+
+class RandomLatents:
+    """Noise of the right shape: what a benchmark needs."""
+
+    def __init__(self, config, height, width, frames, text_tokens, length=64):
+        if height % 16 or width % 16 or frames % 4 != 1:
+            raise ValueError(
+                f"height {height} and width {width} must be multiples of 16, frames {frames} must be 4k+1: "
+                f"{height // 16 * 16} x {width // 16 * 16} x {(frames - 1) // 4 * 4 + 1} would do"
+            )
+        self.config, self.length, self.text_tokens, self.shapes = config, length, text_tokens, None
+        self.shape = (config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        generator, config = seeded("random", int(i)), self.config
+        text = torch.randn(self.text_tokens, config.text_dim, generator=generator)
+        return (
+            i,
+            torch.randn(self.shape, generator=generator),
+            text,
+            torch.randn(config.pooled_dim, generator=generator),
+        )
+
+
+class Folder:
+    """One .safetensors a sample: latents [C, T, h, w] (already times the VAE's 0.476986), text [L, 4096], pooled [768]."""
+
+    def __init__(self, config, folder):
+        self.files = sorted(Path(folder).glob("*.safetensors"))
+        if not self.files:
+            raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
+        self.config, self.shapes = config, []
+        for file in self.files:
+            shapes = {}
+            with _opened(file) as handle:
+                for name in handle.keys():
+                    shapes[name] = handle.get_slice(name).get_shape()
+            latents, text, pooled = (shapes.get(name, []) for name in ("latents", "text", "pooled"))
+            expected = [len(latents) == 4 and latents[0] == config.out_channels, len(text) == 2 and text[0] > 0]
+            expected += [text[1:] == [config.text_dim], pooled == [config.pooled_dim]]
+            if not all(expected) or any(n < 1 or n % p for n, p in zip(latents[1:], config.patch_size)):
+                raise ValueError(
+                    f"{file} holds {shapes}, expected latents [{config.out_channels}, T, h, w] with h, w even, "
+                    f"text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
+                )
+            self.shapes.append(tuple(latents))
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        with _opened(self.files[i]) as handle:
+            return i, *(handle.get_tensor(name).float() for name in ("latents", "text", "pooled"))
+
+
+def _opened(file):
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# rectified flow: x = (1 - sigma) clip + sigma noise, and the model learns the velocity noise - clip
+
+
+def shift_sigma(u, shift):
+    """Noise levels moved towards noise as resolution grows: arXiv:2403.03206, equation 23."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def collate(items, seed, shift, caption_drop):
+    """Items -> one batch, noise included: it is a function of (seed, epoch, sample), so resume is exact on any layout."""
+    rows = []
+    for index, clip, text, pooled in items:
+        generator = seeded("flow", seed, getattr(index, "epoch", 0), int(index))
+        noise = torch.randn(clip.shape, generator=generator)
+        sigma = shift_sigma(torch.randn((), generator=generator).sigmoid(), shift)
+        if torch.rand((), generator=generator) < caption_drop:
+            text, pooled = torch.zeros_like(text[:1]), torch.zeros_like(pooled)
+        rows.append(((1 - sigma) * clip + sigma * noise, noise - clip, 1000 * sigma, text, pooled))
+    noisy, target, timestep, texts, pooled = zip(*rows)
+    mask = torch.arange(max(map(len, texts))) < torch.tensor([len(t) for t in texts])[:, None]
+    return dict(
+        latents=torch.stack(noisy),
+        target=torch.stack(target),
+        timestep=torch.stack(timestep),
+        text=torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
+        text_mask=mask,
+        pooled=torch.stack(pooled),
+        weight=torch.tensor([getattr(item[0], "weight", 1.0) for item in items]),
+    )
+
+
+def flow_loss(model, batch, guidance, group, checkpointing="none"):
+    """The sum over this rank's tokens of their mean squared error, to be divided by the global token count."""
+    config = model.config
+    keep = ("latents", "timestep", "text", "text_mask", "pooled")
+    scale = torch.full_like(batch["timestep"], 1000 * guidance) if config.guidance_embed else None
+    inputs = {name: batch[name] for name in keep}
+    velocity = model(**inputs, guidance=scale, group=group, gather=False, checkpointing=checkpointing)
+    target = split_sequence(patchify(batch["target"], config.patch_size), group)
+    error = (velocity.to(target.dtype) - target).square().mean(2)
+    return (error * batch["weight"][:, None]).sum()
+
+
+def count_tokens(batch, patch_size):
+    """Video tokens that carry weight: what the mean is taken over."""
+    return batch["weight"].sum().item() * math.prod(batch["target"].shape[2:]) / math.prod(patch_size)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what the user sees
+
+PEAK_TFLOPS = dict(A100=312, H100=989, H200=989, B200=2250)  # dense bf16, by the vendor's datasheets
+
+
+class Progress:
+    """One line that updates in place, one JSON line a step in log.jsonl, and a curve at the end. Only rank 0 speaks."""
+
+    def __init__(self, pm, out, steps, resumed):
+        self.pm, self.steps, self.losses, self.seconds = pm, steps, [], []
+        name = torch.cuda.get_device_name(pm.device) if pm.device.type == "cuda" else ""
+        self.peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)
+        self.log = open(Path(out) / "log.jsonl", "a" if resumed else "w") if pm.is_main else None
+        self.started = self.last = time.perf_counter()
+
+    def memory(self):
+        """Peak GiB: of the GPU, or of this process."""
+        if self.pm.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def rates(self, seconds, tokens, flops):
+        tflops = flops / seconds / 1e12 / self.pm.world_size
+        mfu = dict(mfu=round(tflops / self.peak, 4)) if self.peak else {}
+        rates = dict(
+            s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds), tflops_per_rank=round(tflops, 4)
+        )
+        return rates | mfu | dict(peak_gib=round(self.memory(), 2))
+
+    def step(self, step, loss, norm, lr, tokens, flops):
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        self.losses.append(loss)
+        self.seconds.append((seconds, tokens, flops))
+        if not self.pm.is_main:
+            return
+        rates = self.rates(seconds, tokens, flops)
+        self.log.write(json.dumps(dict(step=step, loss=loss, grad_norm=norm, lr=lr) | rates) + "\n")
+        self.log.flush()
+        recent = self.losses[-20:]
+        left = (self.steps - step) * (now - self.started) / len(self.losses)
+        mfu = f" · MFU {100 * rates['mfu']:.1f} %" if "mfu" in rates else ""
+        line = (
+            f"step {step}/{self.steps} · loss {sum(recent) / len(recent):.4f} · grad norm {norm:.2f} · "
+            f"{seconds:.2f} s/step · {rates['tokens_per_s']} tokens/s{mfu} · {rates['peak_gib']:.1f} GiB · "
+            f"{left // 60:.0f}:{left % 60:02.0f} left"
+        )
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="\n" if step == self.steps else "", flush=True)
+        elif step % max(1, self.steps // 20) == 0 or step == self.steps or len(self.losses) == 1:
+            print(line, flush=True)
+
+    def end(self):
+        if not self.pm.is_main or not self.losses:
+            return
+        print(curve(self.losses))
+        warm = self.seconds[min(2, len(self.seconds) - 1) :]  # the first steps compile, allocate and warm up
+        print(json.dumps(self.rates(*(sum(column) / len(warm) for column in zip(*warm)))), flush=True)
+
+
+def curve(values, columns=64, rows=8):
+    """A small plot in the terminal: each column the mean of its share of the values."""
+    columns = min(columns, len(values))
+    edges = [len(values) * i // columns for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
+    low, high = min(means), max(means)
+    heights = [(v - low) / ((high - low) or 1) * (8 * rows - 1) + 1 for v in means]
+    lines = ["".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, round(h - 8 * row)))] for h in heights) for row in reversed(range(rows))]
+    labels = [f"{high:.4f}", *[""] * (rows - 2), f"{low:.4f}"]
+    return "\n".join(f"{label:>10} │{line}" for label, line in zip(labels, lines)) + f"\n{'loss':>10} └{'─' * columns}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the story
+
+
+def build_model(config, pm, args):
+    """On the meta device first: no rank ever holds all weights."""
+    with torch.device("meta"):
+        model = HunyuanVideo(config)
+    dtype = (
+        torch.bfloat16
+        if (args.dtype or "bfloat16") == "bfloat16" and (args.dtype or pm.device.type == "cuda")
+        else None
+    )
+    pm.shard(model, [*model.double_blocks, *model.single_blocks], param_dtype=dtype, shard_size=args.shard_size)
+    if args.weights:
+        load_weights(model, args.weights)
+    elif not args.resume:
+        init_weights(model, args.seed)
+    pm.optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay)
+    return model
+
+
+def build_data(config, args):
+    if args.data:
+        return Folder(config, args.data)
+    if args.config == "tiny":
+        return Shapes(config)
+    return RandomLatents(config, args.height, args.width, args.frames, args.text_tokens)
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine to a tenth at the last step."""
+    done = min(1.0, max(0, step - args.warmup) / max(1, args.steps - args.warmup))
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def get_config(args):
+    changes = {}
+    if args.blocks:
+        try:
+            changes = dict(zip(("double_depth", "single_depth"), map(int, args.blocks.split(",")), strict=True))
+        except ValueError:
+            raise ValueError(f"--blocks {args.blocks} is not two numbers D,S, e.g. 4,8") from None
+    config = HunyuanConfig.preset(args.config, **changes)
+    if args.sp > config.num_heads:
+        raise ValueError(f"sequence_parallel_size {args.sp} is more than the {config.num_heads} heads")
+    return config
+
+
+def train(args):
+    config = get_config(args)
+    data = build_data(config, args)
+    pm = ParallelManager(args.dp, args.sp, args.device)
+    batch_size = args.batch or (16 if args.config == "tiny" else pm.dp_size)
+    sampler = DPSPBatchSampler(
+        len(data), batch_size, pm.dp_rank, pm.dp_size, args.accumulation, args.seed, shapes=data.shapes
+    )
+    rules = dict(seed=args.seed, shift=args.shift, caption_drop=args.caption_drop)
+    pinned = pm.device.type == "cuda"
+    loader = DataLoader(
+        data, batch_sampler=sampler, collate_fn=partial(collate, **rules), num_workers=args.workers, pin_memory=pinned
+    )
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+
+    model, step = build_model(config, pm, args), 0
+    if args.resume:
+        state = pm.resume(args.out)
+        if HunyuanConfig.from_dict(state["config"]) != config:
+            raise ValueError(f"{args.out} was trained with {state['config']}, this is {asdict(config)}")
+        sampler.load_state_dict(state["sampler"])
+        step = state["step"]
+    if pm.is_main:
+        print(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters on {pm.world_size} x {pm.device.type} = "
+            f"dp {pm.dp_size} x sp {pm.sp_size}, {len(data)} samples, global batch {batch_size}, from step {step}",
+            flush=True,
+        )
+
+    def batches():  # every pass over the loader is what is left of the sampler's epoch
+        while True:
+            yield from loader
+
+    stream, progress, saved = batches(), Progress(pm, args.out, args.steps, args.resume), step
+    extra = dict(config=asdict(config), args=vars(args))
+    while step < args.steps:
+        micro_batches = [next(stream) for _ in range(args.accumulation)]
+        count = pm.sum(sum(count_tokens(b, config.patch_size) for b in micro_batches), pm.dp_group).item()
+        flops = sum(b["weight"].sum().item() * _flops(config, b) for b in micro_batches)
+        local = torch.zeros((), device=pm.device)
+        for n, batch in enumerate(micro_batches):
+            # the mask stays on the CPU: its lengths are then known without waiting for the GPU
+            batch = {k: v if k == "text_mask" else v.to(pm.device, non_blocking=True) for k, v in batch.items()}
+            loss = flow_loss(model, batch, args.guidance, pm.sp_group, args.checkpointing) / count
+            pm.backward(
+                loss, last=n == args.accumulation - 1
+            )  # the gradient rule: sums over ranks are means over tokens
+            local += loss.detach()
+        norm = pm.clip_grad_norm(args.clip)
+        for group in pm.optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        pm.step()
+        sampler.advance()
+        step += 1
+        report = pm.sum(local).item(), norm.item(), learning_rate(step - 1, args)
+        progress.step(step, *report, tokens=count, flops=3 * pm.sum(flops, pm.dp_group).item())
+        if not args.no_save and (step == args.steps or (args.save_every and step % args.save_every == 0)):
+            pm.save(args.out, step, extra | dict(sampler=sampler.state_dict()))
+            saved = step
+    progress.end()
+    if pm.is_main:
+        print(f"saved {args.out}/step-{saved}" if saved else "nothing saved")
+        if saved and not args.data and args.config == "tiny":
+            print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
+    pm.close()
+
+
+def _flops(config, batch):
+    video = math.prod(batch["target"].shape[2:]) // math.prod(config.patch_size)
+    return forward_flops(config, video, batch["text_mask"].sum(1).float().mean().item())
+
+
+def run(main, args):
+    """What a user can get wrong is one sentence and status 1, on every rank."""
+    try:
+        main(args)
+    except (ValueError, OSError) as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # waiting for other ranks here would hang
+
+
+if __name__ == "__main__":
+    run(train, parse())
