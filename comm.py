@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -146,6 +151,8 @@ def gather_sequence(x, group, length, dim=1):
     return all_to_all(copies, group, 0, dim + 1, None, split_sizes(length, group)).squeeze(0)
 
 
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
 # --------------------------------------------------------------------------------------------------------------------
 # one object that answers every "who am I", and carries the sharded model and its optimizer
 
@@ -153,7 +160,8 @@ def gather_sequence(x, group, length, dim=1):
 class ParallelManager:
     """The (dp, sp) DeviceMesh of this job, sp the inner axis (neighbouring GPUs), and the engine on top of it.
 
-    data_parallel_size: by default world size / sequence_parallel_size. device_type: "cuda" (NCCL) where there is a GPU,
+    data_parallel_size: by default world size / sequence_parallel_size; and the other way round where that one is None.
+    device_type: "cuda" (NCCL) where there is a GPU,
     else "cpu" (gloo). timeout: seconds until a collective that some rank never joins is an error.
     Started without torchrun, it is a world of one on the same code path. ValueError for sizes that don't multiply up.
 
@@ -161,8 +169,8 @@ class ParallelManager:
     """
 
     def __init__(self, data_parallel_size=None, sequence_parallel_size=1, device_type=None, timeout=600.0):
-        world, sp = int(os.environ.get("WORLD_SIZE", 1)), sequence_parallel_size
-        world = dist.get_world_size() if dist.is_initialized() else world
+        world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+        sp = world // (data_parallel_size or 1) if sequence_parallel_size is None else sequence_parallel_size
         if sp < 1 or world % sp:
             raise ValueError(f"world size {world} is not a multiple of sequence_parallel_size {sp}")
         dp = world // sp if data_parallel_size is None else data_parallel_size
@@ -249,7 +257,7 @@ class ParallelManager:
         found = self._checksums(temporary, sorted(p.name for p in temporary.iterdir() if p.is_file()))
         if self.is_main:
             with open(temporary / "state.json", "w") as file:
-                json.dump(dict(extra, step=step, files=found), file, indent=1)
+                json.dump(dict(extra, step=step, saved=time.time(), files=found), file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             shutil.rmtree(final, ignore_errors=True)
@@ -257,9 +265,10 @@ class ParallelManager:
         dist.barrier()
 
     def resume(self, folder):
-        """Load the newest step-N of folder into self.model and self.optimizer, on any layout; returns its `extra`.
+        """Load the newest step-N of folder into the model (and the optimizer, if there is one); returns its `extra`.
 
-        Every file is checked before any is loaded. ValueError names a damaged one; FileNotFoundError if there is no step.
+        On any layout, sharded or not. Every file is checked before any is loaded: ValueError names a damaged one,
+        FileNotFoundError says that there is no checkpoint.
         """
         path = latest_checkpoint(folder)
         extra = json.loads((path / "state.json").read_text())
@@ -267,26 +276,18 @@ class ParallelManager:
         found = self._checksums(path, sorted(wanted))
         if bad := [name for name in sorted(wanted) if found[name] != wanted[name]]:
             raise ValueError(f"{path / bad[0]} is not what was saved: {found[bad[0]]} against {wanted[bad[0]]}")
-        tensors, model_state, optimizer_state = self._tensors()
+        tensors, optimizer_state = self._tensors()
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-        for key in optimizer_state:
-            optimizer_state[key] = tensors.get(f"optimizer.{key}", optimizer_state[key])
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=model_state,
-            optim_state_dict=optimizer_state,
-            options=StateDictOptions(flatten_optimizer_state_dict=True),
-        )
+        if self.optimizer:
+            loaded = {k: tensors.get(f"optimizer.{k}", v) for k, v in optimizer_state.items()}
+            set_optimizer_state_dict(self.model, self.optimizer, loaded, options=FLAT)
         return extra
 
     def _tensors(self):
         """Everything that training changes, by name; learning rate and the like belong to the command line."""
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
-        tensors = {f"model.{k}": v for k, v in model.items()}
-        tensors |= {f"optimizer.{k}": v for k, v in optimizer.items() if isinstance(v, torch.Tensor)}
-        return tensors, model, optimizer
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        state = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT) if self.optimizer else {}
+        return tensors | {f"optimizer.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}, state
 
     def _checksums(self, path, names):
         """[bytes, crc32] of each file, the work shared out over the ranks, the answer equal on all of them."""
@@ -307,13 +308,11 @@ class ParallelManager:
 
 
 def latest_checkpoint(folder):
-    """The newest complete step-N in folder; FileNotFoundError if there is none."""
-    steps = [
-        p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / "state.json").is_file()
-    ]
-    if not steps:
+    """The step-N in folder that was completed last; FileNotFoundError if there is none."""
+    states = [p for p in Path(folder).glob("step-*/state.json") if re.fullmatch(r"step-\d+", p.parent.name)]
+    if not states:
         raise FileNotFoundError(f"no checkpoint in {folder}: there is no step-N folder with a state.json")
-    return max(steps, key=lambda p: int(p.name[5:]))
+    return max(states, key=lambda path: json.loads(path.read_text())["saved"]).parent
 
 
 def _checksum(path):

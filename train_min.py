@@ -84,11 +84,13 @@ def parse(argv=None):
 COLOURS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1), yellow=(1, 1, 0), purple=(1, 0, 1), cyan=(0, 1, 1))
 SHAPES = ("square", "circle", "cross")
 DIRECTIONS = dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0))
+CLIP_SHAPE = (3, 4, 16, 16)
 CAPTIONS = [f"a {c} {s} moves {d}" for c in COLOURS for s in SHAPES for d in DIRECTIONS]
 
 
-def draw_clip(caption, generator, frames=4, size=16):
-    """The clip that a caption describes, [3, frames, size, size] in -1..1, at a random place: 2 pixels a frame."""
+def draw_clip(caption, generator):
+    """The clip that a caption describes, [3, 4, 16, 16] in -1..1, at a random place: 2 pixels a frame."""
+    _, frames, size, _ = CLIP_SHAPE
     words = caption.split()
     colour = next(COLOURS[w] for w in words if w in COLOURS)
     direction = next(DIRECTIONS[w] for w in words if w in DIRECTIONS)
@@ -169,6 +171,14 @@ class RandomLatents:
         )
 
 
+def opened(file):
+    """A safetensors file, or one sentence about why it is none."""
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
+
+
 class Folder:
     """One .safetensors a sample: latents [C, T, h, w] (already times the VAE's 0.476986), text [L, 4096], pooled [768]."""
 
@@ -179,7 +189,7 @@ class Folder:
         self.config, self.shapes = config, []
         for file in self.files:
             shapes = {}
-            with _opened(file) as handle:
+            with opened(file) as handle:
                 for name in handle.keys():
                     shapes[name] = handle.get_slice(name).get_shape()
             latents, text, pooled = (shapes.get(name, []) for name in ("latents", "text", "pooled"))
@@ -196,15 +206,8 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, i):
-        with _opened(self.files[i]) as handle:
+        with opened(self.files[i]) as handle:
             return i, *(handle.get_tensor(name).float() for name in ("latents", "text", "pooled"))
-
-
-def _opened(file):
-    try:
-        return safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -243,12 +246,17 @@ def flow_loss(model, batch, guidance, group, checkpointing="none"):
     """The sum over this rank's tokens of their mean squared error, to be divided by the global token count."""
     config = model.config
     keep = ("latents", "timestep", "text", "text_mask", "pooled")
-    scale = torch.full_like(batch["timestep"], 1000 * guidance) if config.guidance_embed else None
     inputs = {name: batch[name] for name in keep}
+    scale = guidance_input(guidance, len(batch["latents"]), batch["latents"].device) if config.guidance_embed else None
     velocity = model(**inputs, guidance=scale, group=group, gather=False, checkpointing=checkpointing)
     target = split_sequence(patchify(batch["target"], config.patch_size), group)
     error = (velocity.to(target.dtype) - target).square().mean(2)
     return (error * batch["weight"][:, None]).sum()
+
+
+def guidance_input(scale, batch, device):
+    """What the model is fed for a guidance scale: the release multiplies by 1000 in bf16, so 6.0 is 6016."""
+    return torch.full((batch,), scale, dtype=torch.bfloat16, device=device).mul(1000).float()
 
 
 def count_tokens(batch, patch_size):
@@ -262,29 +270,25 @@ def count_tokens(batch, patch_size):
 PEAK_TFLOPS = dict(A100=312, H100=989, H200=989, B200=2250)  # dense bf16, by the vendor's datasheets
 
 
+def rates(pm, seconds, tokens, flops):
+    """Of one step over all ranks; tflops and the share of a known GPU's peak are per rank, peak_gib is rank 0's."""
+    tflops = flops / seconds / 1e12 / pm.world_size
+    report = dict(s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds), tflops_per_rank=round(tflops, 4))
+    if pm.device.type != "cuda":
+        return report | dict(peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
+    name = torch.cuda.get_device_name(pm.device)
+    peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)
+    mfu = dict(mfu=round(tflops / peak, 4)) if peak else {}
+    return report | mfu | dict(peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2))
+
+
 class Progress:
     """One line that updates in place, one JSON line a step in log.jsonl, and a curve at the end. Only rank 0 speaks."""
 
     def __init__(self, pm, out, steps, resumed):
         self.pm, self.steps, self.losses, self.seconds = pm, steps, [], []
-        name = torch.cuda.get_device_name(pm.device) if pm.device.type == "cuda" else ""
-        self.peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)
         self.log = open(Path(out) / "log.jsonl", "a" if resumed else "w") if pm.is_main else None
         self.started = self.last = time.perf_counter()
-
-    def memory(self):
-        """Peak GiB: of the GPU, or of this process."""
-        if self.pm.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-    def rates(self, seconds, tokens, flops):
-        tflops = flops / seconds / 1e12 / self.pm.world_size
-        mfu = dict(mfu=round(tflops / self.peak, 4)) if self.peak else {}
-        rates = dict(
-            s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds), tflops_per_rank=round(tflops, 4)
-        )
-        return rates | mfu | dict(peak_gib=round(self.memory(), 2))
 
     def step(self, step, loss, norm, lr, tokens, flops):
         now = time.perf_counter()
@@ -293,15 +297,15 @@ class Progress:
         self.seconds.append((seconds, tokens, flops))
         if not self.pm.is_main:
             return
-        rates = self.rates(seconds, tokens, flops)
-        self.log.write(json.dumps(dict(step=step, loss=loss, grad_norm=norm, lr=lr) | rates) + "\n")
+        speed = rates(self.pm, seconds, tokens, flops)
+        self.log.write(json.dumps(dict(step=step, loss=loss, grad_norm=norm, lr=lr) | speed) + "\n")
         self.log.flush()
         recent = self.losses[-20:]
         left = (self.steps - step) * (now - self.started) / len(self.losses)
-        mfu = f" · MFU {100 * rates['mfu']:.1f} %" if "mfu" in rates else ""
+        mfu = f" · MFU {100 * speed['mfu']:.1f} %" if "mfu" in speed else ""
         line = (
             f"step {step}/{self.steps} · loss {sum(recent) / len(recent):.4f} · grad norm {norm:.2f} · "
-            f"{seconds:.2f} s/step · {rates['tokens_per_s']} tokens/s{mfu} · {rates['peak_gib']:.1f} GiB · "
+            f"{seconds:.2f} s/step · {speed['tokens_per_s']} tokens/s{mfu} · {speed['peak_gib']:.1f} GiB · "
             f"{left // 60:.0f}:{left % 60:02.0f} left"
         )
         if sys.stdout.isatty():
@@ -314,7 +318,7 @@ class Progress:
             return
         print(curve(self.losses))
         warm = self.seconds[min(2, len(self.seconds) - 1) :]  # the first steps compile, allocate and warm up
-        print(json.dumps(self.rates(*(sum(column) / len(warm) for column in zip(*warm)))), flush=True)
+        print(json.dumps(rates(self.pm, *(sum(column) / len(warm) for column in zip(*warm)))), flush=True)
 
 
 def curve(values, columns=64, rows=8):
@@ -373,7 +377,7 @@ def get_config(args):
         except ValueError:
             raise ValueError(f"--blocks {args.blocks} is not two numbers D,S, e.g. 4,8") from None
     config = HunyuanConfig.preset(args.config, **changes)
-    if args.sp > config.num_heads:
+    if (args.sp or 1) > config.num_heads:
         raise ValueError(f"sequence_parallel_size {args.sp} is more than the {config.num_heads} heads")
     return config
 
