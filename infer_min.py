@@ -210,7 +210,7 @@ def infer(args):
         save_weights(model, args.export, args.naming)
         if pm.is_main:
             print(f"wrote {args.export} in {args.naming} naming")
-        return pm.close()
+        return pm
 
     prompts, negative = read_prompts(args, config)
     shape = RandomLatents(config, args.height, args.width, args.frames, 1).shape if big else CLIP_SHAPE
@@ -248,7 +248,7 @@ def infer(args):
         forward = forward_flops(config, video, len(text)) * (1 + (args.cfg > 1))
         warm = sorted(seconds[2:] or seconds)
         print(json.dumps(rates(pm, warm[len(warm) // 2], video, forward) | dict(fastest=round(warm[0], 4))), flush=True)
-    pm.close()
+    return pm
 
 
 class Clock:

@@ -446,7 +446,7 @@ def train(args):
         print(f"saved {args.out}/step-{saved}" if saved else "nothing saved")
         if saved and not args.data and args.config == "tiny":
             print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
-    pm.close()
+    return pm
 
 
 def _flops(config, batch):
@@ -457,7 +457,7 @@ def _flops(config, batch):
 def run(main, args):
     """What a user can get wrong is one sentence and status 1, on every rank."""
     try:
-        main(args)
+        main(args).close()
     except (ValueError, OSError) as error:
         if args.debug:
             traceback.print_exc()

@@ -1,0 +1,937 @@
+"""One check per rule. The rules about ranks run on every layout (dp x sp), one spawn a layout, all checks inside it:
+
+    $ pytest                        # CPU and gloo; a layout with enough GPUs runs on them with NCCL
+    $ pytest -k 1x3                 # one layout
+    $ pytest -k gradients -x        # one rule
+
+Everything is compared with one device (group=None) in float64 at sizes that do not divide: what is left is summation order.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+import infer_min
+import train_min
+from comm import ParallelManager, all_to_all, gather_sequence, split_sequence, split_sizes
+from hunyuan_sp import (  # fmt: skip
+    CHECKPOINTING,
+    HunyuanConfig,
+    HunyuanVideo,
+    export_weight,
+    forward_flops,
+    init_weights,
+    load_weights,
+    names_in,
+    patchify,
+    rope_table,
+    save_weights,
+    sinusoid,
+    text_lengths,
+)
+from sampler import DPSPBatchSampler, SampleIndex
+
+HERE = Path(__file__).parent
+LAYOUTS = ["1x1", "1x2", "2x1", "1x3", "2x2", "1x4", "1x5"]
+# 5 heads divide by no sp but 1 and 5; more channels in than out, as in image-to-video
+CONFIG = HunyuanConfig(5, (2, 2, 4), 256.0, 2, 2, 1, 2.0, 5, 4, (1, 2, 2), 12, 6, True)
+GOLDEN = HunyuanConfig(6, (2, 2, 4), 256.0, 2, 2, 2, 2.0, 8, 8, (1, 2, 2), 40, 24, True)
+
+
+def close(ours, truth, tolerance=1e-10):
+    """Largest difference, relative to the tensor's own size."""
+    difference, size = (ours.double() - truth.double()).abs().max().item(), truth.abs().max().item()
+    assert difference <= tolerance * (size + 1e-3), f"{difference:.3e} off at size {size:.3e}"
+
+
+def random_model(config, device="cpu", dtype=torch.float64, seed=0):
+    """No parameter is zero: zero-initialised modulation would hide every block."""
+    model, generator = HunyuanVideo(config).to(dtype), torch.Generator().manual_seed(seed)
+    for param in model.parameters():
+        param.data = torch.randn(param.shape, generator=generator, dtype=dtype) * (0.5 if param.dim() < 2 else 0.2)
+    return model.to(device)
+
+
+def random_inputs(config, latents, lengths, device="cpu", seed=1):
+    """latents (B, T, h, w), lengths: B valid text lengths."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    batch, length = len(lengths), max(lengths) + 1
+    inputs = dict(
+        latents=draw(batch, config.in_channels, *latents),
+        timestep=torch.linspace(990.5, 3.25, batch),
+        text=draw(batch, length, config.text_dim),
+        pooled=draw(batch, config.pooled_dim),
+        guidance=torch.full((batch,), 6016.0) if config.guidance_embed else None,
+    )
+    inputs = {k: v if v is None else v.to(device) for k, v in inputs.items()}
+    return inputs | dict(text_mask=torch.arange(length) < torch.tensor(lengths)[:, None])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# checks on every layout: (pm, folder) -> None; `folder` is shared by the ranks and left for the tests below
+
+
+def check_all_to_all_moves_what_it_says(pm, folder):
+    group, ranks = pm.sp_group, pm.sp_size
+    tokens, heads = [3 * (r % 2) + r for r in range(ranks)], split_sizes(7, group)  # rank 0 holds nothing
+    whole = torch.randn(2, sum(tokens), 7, 3, generator=torch.Generator().manual_seed(0)).to(pm.device)
+    mine_t, mine_h = whole.split(tokens, 1)[pm.sp_rank], whole.split(heads, 2)[pm.sp_rank]
+    assert torch.equal(all_to_all(mine_t, group, 2, 1, heads, tokens), mine_h)
+    assert torch.equal(all_to_all(mine_h, group, 1, 2, tokens, heads), mine_t)
+    three = all_to_all((mine_t, -mine_t, 2 * mine_t), group, -2, -3, None, tokens)
+    assert all(torch.equal(a, b) for a, b in zip(three, (mine_h, -mine_h, 2 * mine_h)))
+    for length in (1, ranks, 4 * ranks + 1):
+        x = torch.arange(2.0 * length, device=pm.device).view(2, length)
+        assert torch.equal(gather_sequence(split_sequence(x, group), group, length), x)
+    with pytest.raises(ValueError, match="does not fit the sizes"):
+        all_to_all(mine_t, group, 2, 1, heads, [t + 1 for t in tokens])
+
+
+def check_collectives_are_transposes(pm, folder):
+    """<Ax, y> = <x, A'y>, summed over ranks, at uneven splits: backward is the exact transpose of forward."""
+    group, ranks, me = pm.sp_group, pm.sp_size, pm.sp_rank
+    tokens, heads = [r + 1 for r in range(ranks)], split_sizes(ranks + 1, group)
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(pm.rank), dtype=torch.float64)
+    length = 3 * ranks - 1
+
+    def both(x):
+        return torch.cat(all_to_all((x, 2 * x), group, 2, 1, heads, tokens), 3)
+
+    cases = {
+        "scatter heads": (draw(2, tokens[me], sum(heads), 3), lambda x: all_to_all(x, group, 2, 1, heads, tokens)),
+        "scatter tokens": (draw(2, sum(tokens), heads[me], 3), lambda x: all_to_all(x, group, 1, 2, tokens, heads)),
+        "gather": (draw(2, split_sizes(length, group)[me], 3), lambda x: gather_sequence(x, group, length)),
+        "split": (draw(2, length, 3), lambda x: split_sequence(x, group)),
+        "two tensors": (draw(2, tokens[me], sum(heads), 3), both),
+    }
+    for name, (x, collective) in cases.items():
+        x = x.to(pm.device).requires_grad_()
+        ax = collective(x)
+        y = draw(*ax.shape).to(pm.device)
+        ax.backward(y)
+        v = draw(*x.shape).to(pm.device)
+        sides = pm.sum(torch.stack(((collective(v) * y).sum(), (v * x.grad).sum())), group)
+        assert abs(sides[0] - sides[1]) < 1e-10 and abs(sides[0]) > 1e-3, f"{name}: {sides.tolist()}"
+
+
+CASES = {  # latents (T, h, w), valid text lengths
+    "ragged": ((3, 6, 10), (7, 2)),
+    "equal": ((1, 6, 6), (3, 3)),
+    "fewer text tokens than ranks": ((2, 4, 6), (1,)),
+    "fewer video tokens than ranks": ((1, 2, 4), (4, 2, 3)),
+}
+
+
+def check_gradients(pm, folder):
+    """Forward, input gradients and every parameter gradient, under every checkpointing setting."""
+    for config in (CONFIG, replace(CONFIG, guidance_embed=False, in_channels=9)):
+        model, names = random_model(config, pm.device), ("latents", "text", "pooled")
+        for (name, case), checkpointing in [(c, k) for c in CASES.items() for k in CHECKPOINTING]:
+            inputs = random_inputs(config, *case, pm.device)
+            for n in names:
+                inputs[n].requires_grad_()
+            params = dict(model.named_parameters())
+            wanted = [*params.values(), *(inputs[n] for n in names)]
+            truth = model(**inputs)
+            draw = partial(torch.randn, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+            cotangents = [draw(truth.shape).to(pm.device) for _ in range(pm.sp_size)]
+            true_grads = torch.autograd.grad(truth, wanted, sum(cotangents), retain_graph=True)
+            if name == "ragged":
+                for n, g in zip(params, true_grads):
+                    assert g.abs().max() > 1e-6, f"{n} is not tested: its gradient is zero"
+
+            # split: what training does. The whole gradient is the plain sum over ranks
+            patches = model(**inputs, group=pm.sp_group, gather=False, checkpointing=checkpointing)
+            close(
+                gather_sequence(patches, pm.sp_group, patchify(truth, (1, 2, 2)).shape[1]), patchify(truth, (1, 2, 2))
+            )
+            local = split_sequence(patchify(sum(cotangents), (1, 2, 2)), pm.sp_group)
+            for g, t in zip(torch.autograd.grad(patches, wanted, local), true_grads):
+                close(pm.sum(g, pm.sp_group), t)
+
+            # gathered: every rank has the whole output, and here a loss of its own
+            out = model(**inputs, group=pm.sp_group, checkpointing=checkpointing)
+            close(out, truth)
+            for g, t in zip(torch.autograd.grad(out, wanted, cotangents[pm.sp_rank]), true_grads):
+                close(pm.sum(g, pm.sp_group), t)
+
+
+def check_golden(pm, folder):
+    """The published model's own numbers, at 175 video and 10 + 4 text tokens."""
+    io, grads = (load_file(HERE / "golden" / f"{n}.safetensors") for n in ("io", "grads_a_tencent"))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        model = HunyuanVideo(GOLDEN).to(dtype)
+        load_weights(model, HERE / "golden" / "weights_tencent.safetensors")
+        model.to(pm.device)
+        for case in "ab":
+            names = ("latents", "timestep", "text", "text_mask", "pooled", "guidance")
+            inputs = {n: io[f"{case}.{n}"] for n in names}
+            inputs = {n: x.to(pm.device, dtype) if x.is_floating_point() else x for n, x in inputs.items()}
+            out = model(**inputs, group=pm.sp_group)
+            assert (out.cpu() - io[f"{case}.out_ref64"]).abs().max() < tolerance
+            if case == "a":
+                mine = out * (pm.sp_rank == 0)  # the gathered output is on every rank: count it once
+                mine.backward(io["a.cotangent"].to(out))
+    for name, param in model.named_parameters():
+        grad = pm.sum(param.grad, pm.sp_group).cpu().flatten()
+        digest = torch.stack([grad.sum(), grad.norm(), (grad * torch.arange(len(grad)).double().cos()).sum()])
+        close(digest, grads[f"digest.{name}"])
+        if f"param.{name}" in grads:
+            close(grad, grads[f"param.{name}"].flatten(), 1e-6)  # stored in float32
+
+
+class Ragged:
+    """Seven samples in float64, for 3 steps of a global batch of 5: an uneven tail, and ragged text."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, i):
+        draw = partial(torch.randn, generator=torch.Generator().manual_seed(int(i)), dtype=torch.float64)
+        return i, draw(4, 2, 4, 6), draw(1 + i % 4, CONFIG.text_dim), draw(CONFIG.pooled_dim)
+
+
+def check_three_steps(pm, folder):
+    """AdamW, clipping and accumulation under FSDP2 and HSDP: equal to one device on the whole batch, weight by weight."""
+    config = replace(CONFIG, in_channels=4)
+    collate = partial(train_min.collate, seed=0, shift=3.0, caption_drop=0.3)
+
+    def batches(rank, size, accumulation):
+        sampler = DPSPBatchSampler(7, 5, rank, size, accumulation)
+        while True:
+            batch = list(DataLoader(Ragged(), batch_sampler=sampler, collate_fn=collate))[:accumulation]
+            yield [{k: v if k == "text_mask" else v.to(pm.device) for k, v in b.items()} for b in batch]
+            sampler.advance()
+
+    def rate(step):
+        return 1e-2 / (step + 1)
+
+    truth = random_model(config, pm.device)
+    optimizer, stream, losses, norms = torch.optim.AdamW(truth.parameters(), weight_decay=0.1), batches(0, 1, 1), [], []
+    for step in range(3):
+        (batch,) = next(stream)
+        error = truth(**{k: batch[k] for k in ("latents", "timestep", "text", "text_mask", "pooled")},
+                      guidance=torch.full_like(batch["timestep"], 1000.0)) - batch["target"]  # fmt: skip
+        loss = error[batch["weight"] > 0].square().mean()  # the definition: the mean over everything real
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(truth.parameters(), 0.5).item())
+        optimizer.param_groups[0]["lr"] = rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    settings = [
+        (size, a, True, c) for size in {pm.world_size, pm.sp_size, 1} for a, c in ((1, "none"), (2, "attention"))
+    ]
+    for shard_size, accumulation, reshard, checkpointing in [*settings, (pm.world_size, 1, False, "full")]:
+        model = random_model(config, pm.device)
+        blocks = [*model.double_blocks, *model.single_blocks]
+        pm.shard(model, blocks, shard_size=shard_size, reshard_after_forward=reshard)
+        pm.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+        stream = batches(pm.dp_rank, pm.dp_size, accumulation)
+        for step in range(3):
+            micro = next(stream)
+            count = pm.sum(sum(train_min.count_tokens(b, (1, 2, 2)) for b in micro), pm.dp_group)
+            total = 0.0
+            for n, batch in enumerate(micro):
+                loss = train_min.flow_loss(model, batch, 1.0, pm.sp_group, checkpointing) / count
+                pm.backward(loss, last=n == accumulation - 1)
+                total += loss.detach()
+            norm = pm.clip_grad_norm(0.5)
+            pm.optimizer.param_groups[0]["lr"] = rate(step)
+            pm.step()
+            assert (
+                abs(pm.sum(total).item() - losses[step]) < 1e-10
+                and abs(norm.item() - norms[step]) < 1e-10 * norms[step]
+            )
+        for (name, param), true in zip(model.named_parameters(), truth.parameters()):
+            assert isinstance(param, DTensor), name
+            close(param.full_tensor(), true)
+    pm.model = pm.optimizer = None
+
+
+def train(pm, *flags):
+    """The trainer itself, in this process."""
+    layout = ["--dp", str(pm.dp_size), "--sp", str(pm.sp_size), "--device", pm.device.type, "--dtype", "float32"]
+    return train_min.train(train_min.parse([*layout, *flags]))
+
+
+SHORT = "--steps 5 --warmup 2 --lr 1e-3 --batch 6 --accumulation 2 --caption_drop 0.5 --save_every 2".split()
+
+
+def check_loss_curve_and_resume(pm, folder):
+    """The same run on every layout; its step 2 goes on here, and then that one's step 4. So does the 1x1 run's step 2."""
+    own = folder / f"run-{pm.dp_size}x{pm.sp_size}"
+    train(pm, *SHORT, "--out", str(own))
+    for source, name in (
+        (folder / "run-1x1/step-2", "other"),
+        (own / "step-2", "once"),
+        (own / "once/step-4", "twice"),
+    ):
+        if pm.is_main:
+            shutil.copytree(source, own / name / source.name)
+        dist.barrier()
+        train(pm, *SHORT, "--out", str(own / name), "--resume")
+    for name in ("once", "twice"):
+        for file in (own / "step-5").glob("*.safetensors"):
+            truth, ours = load_file(file), load_file(own / name / "step-5" / file.name)
+            assert truth.keys() == ours.keys() and all(torch.equal(truth[k], ours[k]) for k in truth), file
+
+
+def check_sampling(pm, folder):
+    """What the 1x1 run saved, sampled on this layout; with a negative prompt of another length in the same batch."""
+    args = [
+        "--checkpoint",
+        str(folder / "run-1x1"),
+        "--steps",
+        "3",
+        "--cfg",
+        "3",
+        "--negative_prompt",
+        "a red thing moves",
+    ]
+    args += ["--dp", str(pm.dp_size), "--device", pm.device.type, "--dtype", "float32"]
+    for name, more in (("whole", []), ("sharded", ["--shard"])):
+        output = str(folder / f"clip-{pm.dp_size}x{pm.sp_size}-{name}")
+        infer_min.infer(infer_min.parse([*args, *more, "--output", output]))
+
+
+def check_bad_input_is_refused_on_every_rank(pm, folder):
+    """Before any collective: ranks that went on would hang here."""
+    for sizes, told in (
+        ((None, pm.world_size + 1), "is not a multiple of"),
+        ((2, pm.world_size), "is not the world size"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ParallelManager(*sizes, pm.device.type)
+    config = replace(CONFIG, num_heads=pm.sp_size - 1)
+    if pm.sp_size > 1:
+        with pytest.raises(
+            ValueError, match=f"{pm.sp_size} sequence-parallel ranks are more than the {pm.sp_size - 1} heads"
+        ):
+            random_model(config, pm.device)(**random_inputs(config, (1, 4, 4), (2,), pm.device), group=pm.sp_group)
+    with pytest.raises(ValueError, match="is not a multiple of shard_size"):
+        pm.shard(random_model(CONFIG), [], shard_size=pm.world_size + 1)
+    for nothing in (folder / "absent", folder):
+        with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+            pm.resume(nothing)
+
+
+def check_meta_init_and_export(pm, folder):
+    """Sharded from the meta device: the same initial weights on every layout, and an export that loads back."""
+    config, folder = replace(CONFIG, in_channels=4), folder / f"export-{pm.dp_size}x{pm.sp_size}"
+    truth = HunyuanVideo(config).to(pm.device)
+    init_weights(truth, seed=3)
+    with torch.device("meta"):
+        model = HunyuanVideo(config)
+    pm.shard(model, [*model.double_blocks, *model.single_blocks], shard_size=pm.sp_size)
+    init_weights(model, seed=3)
+    for (name, param), true in zip(model.named_parameters(), truth.parameters()):
+        assert torch.equal(param.full_tensor(), true), name
+        assert name.endswith("bias") or "mod" in name or "final_layer" in name or true.std() > 0 or "norm" in name
+    source = random_model(config, pm.device, torch.float32)
+    load_weights(model, source.state_dict())
+    save_weights(model, folder, "diffusers", torch.float32, shard_bytes=30_000)
+    dist.barrier()
+    assert len(list(folder.glob("*.safetensors"))) > 3 and (folder / "config.json").is_file()
+    load_weights(truth, folder)
+    for (name, param), true in zip(truth.named_parameters(), source.parameters()):
+        assert torch.equal(param, true), name
+    pm.model = None
+
+
+def check_readme_example(pm, folder):
+    """"Take just comm.py": the README's own lines, run as they stand."""  # fmt: skip
+    (code,) = (b for b in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S) if "ulysses" in b)
+    space = {}
+    exec(code, space)
+    qkv = torch.randn(3, 2, 11, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(pm.device)
+    truth = F.scaled_dot_product_attention(*qkv.transpose(2, 3)).transpose(1, 2)
+    ours = space["ulysses_attention"](*(split_sequence(x, pm.sp_group) for x in qkv), pm.sp_group, 11)
+    close(ours, split_sequence(truth, pm.sp_group))
+
+
+CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
+
+
+def worker(rank, world, layout, folder):
+    """One rank: every check, its traceback in a file of its own."""
+    dp, sp = map(int, layout.split("x"))
+    torch.set_num_threads(1)
+    cuda = torch.cuda.device_count() >= world
+    os.environ["LOCAL_RANK"] = str(rank)
+    if cuda:
+        torch.cuda.set_device(rank)
+    store = dist.FileStore(str(folder / f"store-{layout}"), world)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    pm = ParallelManager(dp, sp, "cuda" if cuda else "cpu", timeout=60.0)
+    for name, check in CHECKS.items():
+        try:
+            check(pm, folder)
+            told = "ok"
+        except BaseException:
+            told = traceback.format_exc()
+        (folder / f"{layout}.{name}.{rank}").write_text(told)
+        if told != "ok":
+            os._exit(1)
+    pm.close()
+
+
+@pytest.fixture(scope="session")
+def layout_folder(tmp_path_factory):
+    """A function: run all checks on a layout (once a session) and give the folder where the ranks left their results."""
+    folder = tmp_path_factory.mktemp("layouts")
+
+    @cache
+    def run(layout):
+        if layout != "1x1":
+            run("1x1")  # its checkpoint is what the others resume and sample
+        world = eval(layout.replace("x", "*"))
+        context, started = torch.multiprocessing.get_context("spawn"), time.time()
+        ranks = [context.Process(target=worker, args=(r, world, layout, folder)) for r in range(world)]
+        for process in ranks:
+            process.start()
+        while any(p.is_alive() for p in ranks) and time.time() - started < 400:
+            if any(p.exitcode for p in ranks):
+                time.sleep(1)
+                break
+            time.sleep(0.05)
+        for process in ranks:
+            process.kill()
+            process.join()
+        return folder, [p.exitcode for p in ranks]
+
+    return run
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on(layout, check, layout_folder):
+    folder, exitcodes = layout_folder(layout)
+    for rank in range(len(exitcodes)):
+        result = folder / f"{layout}.{check}.{rank}"
+        assert result.is_file(), f"rank {rank} never finished {check}: exit codes {exitcodes}"
+        assert result.read_text() == "ok", f"rank {rank}: {result.read_text()}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_exits_with_0(layout, layout_folder):
+    assert set(layout_folder(layout)[1]) == {0}
+
+
+def losses(path):
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_curve_is_the_same_on_every_layout(layout, layout_folder):
+    folder = layout_folder(layout)[0]
+    truth, ours = losses(folder / "run-1x1"), losses(folder / f"run-{layout}")
+    assert [entry["step"] for entry in ours] == [1, 2, 3, 4, 5]
+    for a, b in zip(truth, ours):
+        for key in ("loss", "grad_norm"):
+            assert abs(a[key] - b[key]) <= 1e-5 * a[key], (a, b)
+    # resumed: exactly where this layout saved it, to rounding where another one did
+    for name, steps, tolerance in (("once", [3, 4, 5], 0), ("twice", [5], 0), ("other", [3, 4, 5], 1e-5)):
+        resumed = losses(folder / f"run-{layout}" / name)
+        assert [entry["step"] for entry in resumed] == steps
+        for a, b in zip(ours[-len(steps) :], resumed):
+            assert abs(a["loss"] - b["loss"]) <= tolerance * a["loss"], (name, a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_seed_same_clip(layout, layout_folder):
+    folder = layout_folder(layout)[0]
+    truth = load_file(folder / "clip-1x1-whole.safetensors")["latents"]
+    assert truth.std() > 0.1
+    for name in ("whole", "sharded"):
+        ours = load_file(folder / f"clip-{layout}-{name}.safetensors")["latents"]
+        assert (ours - truth).abs().max() < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the model, on one device
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(HERE / "golden" / "io.safetensors")
+
+
+def golden_model(dtype=torch.float64, config=GOLDEN, weights="tencent"):
+    model = HunyuanVideo(config).to(dtype)
+    load_weights(model, HERE / "golden" / f"weights_{weights}.safetensors")
+    return model
+
+
+def with_guidance(model, guidance):
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: (args[:5], kwargs | dict(guidance=guidance)), with_kwargs=True
+    )
+    return model
+
+
+def test_tables(golden):
+    cos, sin = rope_table((3, 4, 5), (16, 56, 56), 256.0, 0, 60)
+    assert (cos.repeat_interleave(2, 1) - golden["rope.cos_3x4x5_16_56_56"]).abs().max() < 1e-6
+    assert (sin.repeat_interleave(2, 1) - golden["rope.sin_3x4x5_16_56_56"]).abs().max() < 1e-6
+    assert torch.equal(rope_table((3, 4, 5), (16, 56, 56), 256.0, 17, 41)[0], cos[17:41])
+    assert (sinusoid(golden["time.t"]) - golden["time.sinusoid256"]).abs().max() < 1e-6
+
+
+def test_every_activation(golden):
+    """Block by block, so that a failure says where."""
+    truth, model, seen = load_file(HERE / "golden" / "intermediates_a_sample1.safetensors"), golden_model(), {}
+    for i, block in enumerate(model.double_blocks):
+        block.register_forward_hook(
+            lambda m, a, out, i=i: seen.update({f"double.{i}.img": out[0], f"double.{i}.txt": out[1]})
+        )
+    for i, block in enumerate(model.single_blocks):
+        block.register_forward_hook(lambda m, a, out, i=i: seen.update({f"single.{i}.img": out[:, :175], "vec": a[1]}))
+    model.img_in.register_forward_hook(lambda m, a, out: seen.update(img_in=out))
+    model.txt_in.register_forward_hook(lambda m, a, out: seen.update(txt_in=out))
+    names = ("latents", "timestep", "text", "text_mask", "pooled", "guidance")
+    model(**{n: golden[f"a.{n}"].double() if n == "latents" else golden[f"a.{n}"] for n in names})
+    for name, wanted in truth.items():
+        ours, wanted = seen[name][1:], wanted.view(1, *wanted.shape[-(seen[name].dim() - 1) :])
+        if "txt" in name:  # rows after the fourth are padding
+            ours, wanted = ours[:, :4], wanted[:, :4]
+        assert (ours - wanted).abs().max() < 1e-5 * max(1, wanted.abs().max()), name
+
+
+def test_latent_concat(golden):
+    """Image-to-video by 8 + 8 + 1 input channels, without guidance embedding."""
+    weights = load_file(HERE / "golden" / "weights_tencent.safetensors")
+    weights = {k: v.float() for k, v in weights.items() if not k.startswith("guidance_in")}
+    weights["img_in.proj.weight"] = golden["latent_concat.img_in.proj.weight"].float()
+    model = HunyuanVideo(replace(GOLDEN, in_channels=17, guidance_embed=False))
+    load_weights(model, weights)
+    latents = golden["a.latents"].float()
+    condition, mask = torch.zeros_like(latents), torch.zeros_like(latents[:, :1])
+    condition[:, :, :1], mask[:, :, 0] = golden["latent_concat.cond_latents_first_frame"].view(2, 8, 1, 10, 14), 1
+    rest = [golden[f"a.{n}"] for n in ("timestep", "text", "text_mask", "pooled")]
+    out = model(torch.cat((latents, condition, mask), 1), *rest)
+    assert (out - golden["a.out_latent_concat_fp32"]).abs().max() < 1e-5
+
+
+def test_flow_loss(golden):
+    """mean((model(x) - (noise - clip))^2), with the noise given."""
+    model, (clip, noise) = golden_model(), (golden[n].double() for n in ("a.latents", "a.cotangent"))
+    sigma = golden["a.timestep"].double() / 1000
+    batch = dict(latents=clip + sigma.view(2, 1, 1, 1, 1) * (noise - clip), target=noise - clip, weight=torch.ones(2))
+    batch |= {n: golden[f"a.{n}"] for n in ("timestep", "text", "text_mask", "pooled")}
+
+    fixed = with_guidance(model, golden["a.guidance"])  # the loss takes one scale for a batch, the fixture has two
+    loss = train_min.flow_loss(fixed, batch, 6.0, None) / train_min.count_tokens(batch, (1, 2, 2))
+    assert abs(loss.item() - golden["train.loss_ref64"].item()) < 1e-10
+
+
+def test_collate_is_the_rectified_flow():
+    """x = (1 - sigma) clip + sigma noise, target noise - clip, t = 1000 sigma, sigma logit-normal and shifted."""
+    items = [(SampleIndex(i), torch.randn(4, 2, 4, 6), torch.randn(3, 12), torch.randn(6)) for i in range(400)]
+    batch = train_min.collate(items, seed=0, shift=7.0, caption_drop=0.25)
+    clip, sigma = torch.stack([item[1] for item in items]), batch["timestep"].view(-1, 1, 1, 1, 1) / 1000
+    close(batch["latents"], clip + sigma * batch["target"], 1e-5)
+    noise = batch["target"] + clip
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    u = sigma / (7 - 6 * sigma)  # the shift undone
+    logits = torch.logit(u.double())
+    assert abs(logits.mean()) < 0.2 and abs(logits.std() - 1) < 0.15
+    dropped = (batch["text_mask"].sum(1) == 1) & (batch["pooled"].abs().sum(1) == 0)
+    assert 60 < dropped.sum() < 140
+    again = train_min.collate(items[3:5], seed=0, shift=7.0, caption_drop=0.25)
+    assert torch.equal(again["latents"], batch["latents"][3:5])
+    for changed in (dict(seed=1), dict()):  # another seed, another epoch: other noise
+        other = [(SampleIndex(i[0], 1.0, not changed), *i[1:]) for i in items[:1]]
+        assert not torch.equal(train_min.collate(other, **dict(seed=0, shift=7.0, caption_drop=0.25) | changed)["latents"],
+                               batch["latents"][:1])  # fmt: skip
+
+
+def test_sampler_schedule_and_euler(golden):
+    for name, steps, shift in (("n4_shift7", 4, 7.0), ("n50_shift7", 50, 7.0), ("n6_shift17", 6, 17.0)):
+        ours = infer_min.sigma_schedule(steps, shift)
+        assert (ours - golden[f"sampler.sigmas_{name}"]).abs().max() < 2e-7
+    assert (1000 * ours[:1] - 1000).abs().max() == 0
+    times = 1000 * infer_min.sigma_schedule(4, 7.0)[:-1]
+    assert (times - golden["sampler.timesteps_n4_shift7"]).abs().max() < 2e-4
+    model = golden_model(torch.float32)
+    fixed = with_guidance(model, golden["a.guidance"])
+    text = [t[:n] for t, n in zip(golden["a.text"].float(), text_lengths(golden["a.text_mask"]))]
+    final = infer_min.sample(fixed, golden["a.latents"].float(), text, golden["a.pooled"].float(), 4, 7.0, 6.0)
+    assert (final - golden["sampler.final_latents_fp32"]).abs().max() < 1e-4
+    assert train_min.guidance_input(6.0, 1, "cpu").item() == 6016
+
+
+def test_true_cfg_is_two_forwards():
+    config = replace(CONFIG, in_channels=4)
+    model, inputs = random_model(config), random_inputs(config, (2, 4, 6), (4, 4))
+    text, pooled = [*inputs["text"][:, :4]], inputs["pooled"]
+    noise, negative = inputs["latents"][:, :4], ([t[:2] for t in text], pooled.flip(0))
+    ours = infer_min.sample(model, noise, text, pooled, 1, 3.0, 6.0, None, negative, 2.5)
+    towards = infer_min.sample(model, noise, text, pooled, 1, 3.0, 6.0)
+    away = infer_min.sample(model, noise, *negative, 1, 3.0, 6.0)
+    close(ours, away + 2.5 * (towards - away))
+
+
+def test_each_sample_is_as_if_alone():
+    model, inputs = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (7, 1, 3))
+    whole = model(**inputs)
+    for b in range(3):
+        close(model(**{k: v[b : b + 1] for k, v in inputs.items()}), whole[b : b + 1])
+    inputs["text"][1, 1:] = 1e3  # padding influences nothing, to the last bit
+    assert torch.equal(model(**inputs), whole)
+
+
+def test_13b_is_the_release():
+    with torch.device("meta"):
+        model = HunyuanVideo(HunyuanConfig.preset("13b"))
+    names = list(model.state_dict())
+    assert sum(p.numel() for p in model.parameters()) == 12_821_012_544 and len(names) == 856
+    for naming, count in (("original", 856), ("diffusers", 1264), ("comfyui", 856)):
+        assert len({n for name in names for n in names_in(naming, name)}) == count
+    assert forward_flops(model.config, 118_800, 256) == 1_617_916_864_757_760 + 10_450_450_859_950_080
+
+
+@pytest.mark.parametrize("preset", ["tiny", "13b"])
+def test_init_zeroes_what_must_be_zero(preset):
+    changes = dict(double_depth=1, single_depth=1, refiner_depth=1, num_heads=1) if preset == "13b" else {}
+    model = HunyuanVideo(HunyuanConfig.preset(preset, **changes))
+    init_weights(model)
+    for name, param in model.named_parameters():
+        zero = (
+            "mod" in name
+            or "adaLN" in name
+            or "final" in name
+            or name == "img_in.proj.bias"
+            or "norm" in name
+            and "bias" in name
+        )
+        assert (param.abs().max() == 0) == zero, name
+        if "mlp.fc1.weight" in name:
+            assert abs(param.std() * (3 * param.shape[1]) ** 0.5 - 1) < 0.05, name  # U(-1/sqrt(n), 1/sqrt(n))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# weights
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.model.", "transformer.", "module."])
+@pytest.mark.parametrize("naming", ["original", "diffusers", "comfyui"])
+def test_naming_round_trips(naming, prefix, tmp_path):
+    source = golden_model(torch.float32)
+    tensors = {}
+    for name, param in source.state_dict().items():
+        for key, value in export_weight(source.config, name, param, naming).items():
+            old = key.replace("_norm.weight", "_norm.scale") if naming == "comfyui" else key
+            tensors[prefix + old] = value.clone()
+    if naming == "diffusers":
+        fixture = load_file(HERE / "golden" / "weights_diffusers.safetensors")
+        assert {prefix + k for k in fixture} == set(tensors)
+        assert all(torch.equal(v.float(), tensors[prefix + k]) for k, v in fixture.items())
+    save_file(tensors, tmp_path / "model.safetensors")
+    torch.save(dict(module=tensors), tmp_path / "model.pt")
+    for path in ("model.safetensors", "model.pt", ""):
+        target = HunyuanVideo(source.config)
+        load_weights(target, tmp_path / path)
+        assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters()))
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    model, good = HunyuanVideo(GOLDEN), load_file(HERE / "golden" / "weights_tencent.safetensors")
+    before = [p.clone() for p in model.parameters()]
+    name = "single_blocks.1.linear1.weight"
+
+    def refused(source, *told):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            load_weights(model, source)
+        assert all(t in str(error.value) for t in told), error.value
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "something was loaded"
+
+    refused({k: v for k, v in good.items() if k != name}, "1 missing", name)
+    refused(good | {"extra.weight": torch.zeros(1)}, "1 unknown", "extra.weight")
+    refused(good | {name: torch.zeros(3, 4)}, "1 of another shape", "[3, 4]", name)
+    refused({k.replace("single", "sinlge"): v for k, v in good.items()}, "16 missing", "16 unknown")
+    refused({}, "120 missing")
+    data = (HERE / "golden" / "weights_tencent.safetensors").read_bytes()
+    for label, content in (
+        ("cut", data[:-1]),
+        ("half", data[: len(data) // 2]),
+        ("empty", b""),
+        ("page", b"<html>" * 9),
+    ):
+        (tmp_path / f"{label}.safetensors").write_bytes(content)
+        refused(tmp_path / f"{label}.safetensors", f"{label}.safetensors", "not a readable safetensors file")
+    refused(tmp_path / "absent.safetensors", "no weights at")
+    (tmp_path / "nothing").mkdir()
+    refused(tmp_path / "nothing", "no weights at")
+
+
+def test_diffusers_agrees():
+    """An optional extra of the tests: three random models, exported to diffusers and run there."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is an optional extra: pip install .[diffusers]")
+    from hunyuan_sp import diffusers_config
+
+    draw = random.Random(0)
+    for seed in range(3):
+        dims = draw.choice([(4, 6, 6), (8, 4, 4), (2, 2, 4)])
+        config = HunyuanConfig(draw.choice([2, 3, 5]), dims, 256.0, draw.choice([1, 3]), draw.choice([1, 2]),
+                               draw.choice([1, 2]), draw.choice([2.0, 4.0]), 4, 4, (1, 2, 2), 20, 10, seed != 1)  # fmt: skip
+        model, inputs = (
+            random_model(config, dtype=torch.float32, seed=seed),
+            random_inputs(config, (3, 4, 6), (5, 3, 1)),
+        )
+        values = {k: v for k, v in diffusers_config(config).items() if not k.startswith("_")}
+        theirs = diffusers.HunyuanVideoTransformer3DModel(**values).eval()
+        state = [export_weight(config, n, p, "diffusers") for n, p in model.state_dict().items()]
+        theirs.load_state_dict({k: v for part in state for k, v in part.items()}, strict=True)
+        with torch.no_grad():
+            ours = model(**inputs)
+            inputs = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+            truth = theirs(inputs["latents"], inputs["timestep"], inputs["text"], inputs["text_mask"].long(),
+                           inputs["pooled"], guidance=inputs["guidance"], return_dict=False)[0]  # fmt: skip
+        close(ours, truth, 2e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the batch sampler
+
+
+def ranks_of(n, batch, dp, accumulation=1, **more):
+    return [DPSPBatchSampler(n, batch, rank, dp, accumulation, **more) for rank in range(dp)]
+
+
+def test_sampler_rules():
+    """Over random draws: equal batch counts, exactly once, the same steps on every layout, resume without repeat or gap."""
+    draw = random.Random(0)
+    for trial in range(400):
+        n, batch = draw.randint(1, 60), draw.randint(1, 17)
+        dp, accumulation, seed = draw.randint(1, 5), draw.randint(1, 3), draw.randint(0, 9)
+        shapes = [draw.choice("abc") for _ in range(n)] if trial % 2 else None
+        ranks = ranks_of(n, batch, dp, accumulation, seed=seed, shapes=shapes)
+        orders = []
+        for epoch in range(2):
+            batches = [list(r) for r in ranks]
+            assert {len(b) for b in batches} == {len(ranks[0])}, "every rank the same number of batches"
+            assert {len(b) for rank in batches for b in rank} == {ranks[0].batch_size}
+            steps = len(ranks[0]) // accumulation
+            seen = [
+                [i for b in batches for m in b[s * accumulation : (s + 1) * accumulation] for i in m]
+                for s in range(steps)
+            ]
+            real = [sorted(int(i) for i in step if i.weight) for step in seen]
+            assert sorted(i for step in real for i in step) == list(range(n)), "every sample counts exactly once"
+            assert all(i.weight in (0.0, 1.0) and i.epoch == epoch for step in seen for i in step)
+            if shapes:
+                assert all(len({shapes[i] for i in step}) == 1 for step in seen), "one shape, one cost a step"
+            alone = list(DPSPBatchSampler(n, batch, seed=seed, shapes=shapes)) if epoch == 0 else None
+            assert alone is None or [sorted(int(i) for i in b if i.weight) for b in alone] == real, "dp changes nothing"
+            orders.append([int(i) for step in seen for i in step])
+            # stop after `at` steps; go on with another dp size, accumulation and batch size; stop and go on again
+            at, unseen = draw.randint(0, steps - 1), None
+            going, again = ranks[0], DPSPBatchSampler(n, draw.randint(1, 17), 0, 1, seed=seed, shapes=shapes)
+            state = going.state_dict()
+            for _ in range(at):
+                assert not going.advance()
+            again.load_state_dict(json.loads(json.dumps(going.state_dict())))
+            first = [int(i) for i in next(iter(again)) if i.weight]
+            others = [i for step in real[:at] for i in step] + first
+            if again.advance():
+                unseen = []
+            else:
+                third = ranks_of(n, draw.randint(1, 17), 3, seed=seed, shapes=shapes)
+                for r in third:
+                    r.load_state_dict(again.state_dict())
+                unseen = [int(i) for r in third for b in r for i in b if i.weight]
+            assert sorted(others + unseen) == list(range(n)), "no repeat and no gap after two resumes"
+            for r in ranks:  # and as if never stopped on the same layout
+                r.load_state_dict(state)
+                assert [r.advance() for _ in range(steps)] == [False] * (steps - 1) + [True]
+        assert n < 9 or orders[0] != orders[1], "each epoch is a new order"
+
+
+def test_sampler_drops_a_tail_only_when_told():
+    for n, batch, dp in ((10, 4, 2), (12, 4, 2), (61, 6, 3)):
+        ranks = ranks_of(n, batch, dp, tail="drop")
+        seen = [int(i) for r in ranks for b in r for i in b]
+        assert len(seen) == len(set(seen)) == n // batch * batch and all(i.weight for r in ranks for b in r for i in b)
+        while not ranks[0].advance():
+            pass
+        assert ranks[0].epoch == 1 and len(ranks[0]) == n // batch
+
+
+def test_sampler_through_workers():
+    """The weight and the epoch reach the dataset through a DataLoader's processes; what they read ahead does not count."""
+    collate = partial(train_min.collate, seed=0, shift=3.0, caption_drop=0.0)
+    sampler = DPSPBatchSampler(7, 4, 1, 2)
+    loader = DataLoader(Ragged(), batch_sampler=sampler, collate_fn=collate, num_workers=2)
+    stream = iter(loader)
+    assert next(stream)["weight"].tolist() == [1, 1] and sampler.consumed == 0
+    sampler.advance()
+    assert next(stream)["weight"].tolist() == [1, 0] and sampler.consumed == 4
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# bad input: one sentence with the numbers in it
+
+
+def bad_model_inputs():
+    model, good = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (4, 2))
+    mask = good["text_mask"]
+    changes = {
+        "latent height 5 is not a multiple of the patch size 2": dict(latents=good["latents"][:, :, :, :3].repeat(1, 1, 1, 2, 1)[:, :, :, :5]),
+        "latent width 3 is not a multiple": dict(latents=good["latents"][..., :3]),
+        "[2, 3, 2, 4, 6] are not [B, 5, T, h, w]": dict(latents=good["latents"][:, :3]),
+        "row 1 has 3 ones that are not its first 3": dict(text_mask=torch.tensor([[1, 1, 1, 1, 0], [1, 0, 1, 1, 0]])),
+        "row 0 has 2 ones that are not its first 2": dict(text_mask=torch.tensor([[0, 0, 0, 1, 1], [1, 0, 0, 0, 0]])),
+        "row 1 is all zero": dict(text_mask=mask * torch.tensor([[1], [0]])),
+        "guidance was missing": dict(guidance=None),
+        "timestep is [1], expected [2]": dict(timestep=good["timestep"][:1]),
+        "text is [2, 5, 7], expected [2, 5, 12]": dict(text=good["text"][..., :7]),
+        "text_mask is [2, 3], expected [2, 5]": dict(text_mask=mask[:, :3]),
+        "pooled is [2, 5], expected [2, 6]": dict(pooled=good["pooled"][:, :5]),
+        "checkpointing 'some' is none of none, full, attention": dict(checkpointing="some"),
+    }  # fmt: skip
+    return [(model, good | change, told) for told, change in changes.items()] + [
+        (random_model(replace(CONFIG, guidance_embed=False)), good, "guidance was given")
+    ]
+
+
+def test_bad_model_inputs():
+    for model, inputs, told in bad_model_inputs():
+        with pytest.raises(ValueError, match=re.escape(told)):
+            model(**inputs)
+
+
+@pytest.mark.parametrize("arguments, told", [
+    ((0, 4), "the dataset has 0 samples"),
+    ((8, 0), "global_batch_size 0"),
+    ((8, 4, 2, 2), "dp_rank 2 between 0 and 1"),
+    ((8, 4, 0, 1, 1, 0, "keep"), "'keep' is neither pad nor drop"),
+    ((8, 5, 0, 2, 1, 0, "drop"), "global_batch_size 5 is not a multiple of dp_size 2 x accumulation 1"),
+    ((3, 4, 0, 2, 1, 0, "drop"), "3 samples never fill a global batch of 4"),
+    ((3, 4, 0, 2, 1, 0, "pad", [1, 2]), "2 shapes for 3 samples"),
+])  # fmt: skip
+def test_bad_sampler_arguments(arguments, told):
+    with pytest.raises(ValueError, match=told):
+        DPSPBatchSampler(*arguments)
+
+
+def test_bad_sampler_states():
+    sampler = DPSPBatchSampler(20, 4)
+    sampler.advance()
+    good = sampler.state_dict()
+    for change, told in (
+        (dict(length=21), "saved with length 21, this dataset has 20"),
+        (dict(seed=1), "saved with seed 1, this dataset has 0"),
+        (dict(consumed=3), "the state says 3 samples were consumed, its history [[4, 1]] gives 4"),
+        (dict(history=[[4]]), "history entry [4]"),
+        (dict(epoch=-1), "epoch -1"),
+        (dict(more=1), "not a sampler state"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            sampler.load_state_dict(good | change)
+        assert sampler.state_dict() == good
+
+
+def launch(*command, ranks=1, timeout=60, **environment):
+    """torchrun as a user types it; (exit code, everything printed)."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
+    command = run if ranks > 1 else [sys.executable, *command]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, cwd=HERE, env=os.environ | environment
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("ranks, flags, told", [
+    (3, "--sp 2", "world size 3 is not a multiple of sequence_parallel_size 2"),
+    (2, "--dp 3 --sp 1", "data_parallel_size 3 x sequence_parallel_size 1 is not the world size 2"),
+    (1, "--sp 7", "sequence_parallel_size 7 is more than the 6 heads"),
+    (1, "--config 14b", "no preset '14b'"),
+    (1, "--config 13b --blocks 4", "--blocks 4 is not two numbers"),
+    (1, "--config 13b --height 250", "height 250 and width 256 must be multiples of 16"),
+    (1, "--data {tmp}", "no data: there is no .safetensors file in"),
+    (1, "--data {tmp}/bad", "bad/a.safetensors is not a readable safetensors file"),
+    (1, "--data {tmp}/odd", "expected latents [3, T, h, w] with h, w even"),
+    (1, "--weights {tmp}/none.safetensors", "no weights at"),
+    (2, "--resume --out {tmp}", "no checkpoint in"),
+])  # fmt: skip
+def test_bad_flags(ranks, flags, told, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "bad" / "a.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    sample = dict(latents=torch.zeros(3, 1, 5, 4), text=torch.zeros(2, 32), pooled=torch.zeros(32))
+    save_file(sample, tmp_path / "odd" / "a.safetensors")
+    out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
+    command = ["train_min.py", *flags.format(tmp=tmp_path).split(), *out, "--device", "cpu"]
+    code, printed = launch(*command, ranks=ranks)
+    assert code != 0 and re.search(f"^error: .*{re.escape(told)}", printed, re.M), printed
+    assert not re.search(r"train_min\.py\", line", printed), "a traceback"
+
+
+def test_data_folder_and_damaged_checkpoint(tmp_path):
+    """Samples of two shapes and ragged text train together; a checkpoint with one flipped byte is refused by name."""
+    (tmp_path / "data").mkdir()
+    for n in range(9):
+        shape = (3, 2, 4, 6) if n % 3 else (3, 1, 8, 4)
+        sample = dict(latents=torch.randn(shape), text=torch.randn(1 + n % 4, 32), pooled=torch.randn(32))
+        save_file(sample, tmp_path / "data" / f"{n}.safetensors")
+    flags = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--batch", "2", "--workers", "1"]
+    flags = ["train_min.py", *flags, "--device", "cpu", "--steps"]
+    code, printed = launch(*flags, "6", ranks=2)
+    assert code == 0 and len(losses(tmp_path / "out")) == 6, printed
+    file = next((tmp_path / "out" / "step-6").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    code, printed = launch(*flags, "8", "--resume")
+    assert code != 0 and file.name in printed and "is not what was saved" in printed, printed
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# launches
+
+
+def test_two_nodes(tmp_path):
+    """Two torchrun agents meet on loopback; the exchange and the weights cross between them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+    agent += ["--rdzv_id=two", f"--rdzv_endpoint=127.0.0.1:{port}", "train_min.py", "--sp", "2", "--steps", "2"]
+    agent += ["--device", "cpu", "--out", str(tmp_path)]
+    nodes = [
+        subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE) for _ in "12"
+    ]
+    try:
+        printed = [node.communicate(timeout=120)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert len(losses(tmp_path)) == 2 and "dp 1 x sp 2" in "".join(printed)
+
+
+def test_measure_reads_the_pixels():
+    """The score that CI asks of the trained model is right about clips whose captions are known."""
+    for n, caption in enumerate(train_min.CAPTIONS):
+        colour, direction = infer_min.measure(train_min.draw_clip(caption, train_min.seeded(n)))
+        assert colour in caption and caption.endswith(direction), caption
