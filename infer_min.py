@@ -215,8 +215,11 @@ def infer(args):
     prompts, negative = read_prompts(args, config)
     shape = RandomLatents(config, args.height, args.width, args.frames, 1).shape if big else CLIP_SHAPE
     shift, seconds, right = args.shift or (7.0 if big else 3.0), [], [0, 0, 0]
-    for n in range(pm.dp_rank, len(prompts), pm.dp_size):
-        title, (text, pooled) = prompts[n]
+    for first in range(0, len(prompts), pm.dp_size):
+        n = min(
+            first + pm.dp_rank, len(prompts) - 1
+        )  # every rank takes the same number of steps, also with nothing to do
+        extra, (title, (text, pooled)) = first + pm.dp_rank > n, prompts[n]
         noise = torch.randn((1, *shape), generator=seeded("sample", args.seed, n)).to(pm.device)
         text, pooled = text.to(pm.device), pooled.to(pm.device)
         away = ([negative[0].to(pm.device)], negative[1].to(pm.device)[None])
@@ -234,6 +237,8 @@ def infer(args):
             args.cfg,
             clock.tick,
         )[0].cpu()
+        if extra:
+            continue
         if args.score:
             colour, direction = measure(clip)
             right = [right[0] + 1, right[1] + (colour in title), right[2] + title.endswith(direction)]

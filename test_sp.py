@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
@@ -381,7 +382,13 @@ def worker(rank, world, layout, folder):
     if cuda:
         torch.cuda.set_device(rank)
     store = dist.FileStore(str(folder / f"store-{layout}"), world)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
     pm = ParallelManager(dp, sp, "cuda" if cuda else "cpu", timeout=60.0)
     for name, check in CHECKS.items():
         try:
