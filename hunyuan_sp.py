@@ -114,10 +114,13 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
+def time_frequencies(device=None):
+    return torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=device) / 128)
+
+
 def sinusoid(t):
-    """t [B] -> [B, 256], cosines first. float32 is part of the definition: t = 6016 has no exact phase otherwise."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
-    angle = t.float()[:, None] * frequencies
+    """t [B] -> [B, 256], cosines first. float32 is part of the definition: at t = 6016 its last bit moves the output 2e-4."""
+    angle = t.float()[:, None] * time_frequencies(t.device)
     return torch.cat((angle.cos(), angle.sin()), 1)
 
 
@@ -126,7 +129,7 @@ def rope_table(grid, dims, theta, start, stop, device=None):
     index = torch.arange(start, stop, device=device)
     positions = (index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2])
     halves = [torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim for dim in dims]
-    angle = torch.cat([p.float()[:, None] / theta**half for p, half in zip(positions, halves)], 1)
+    angle = torch.cat([p.float()[:, None] * (1 / theta**half) for p, half in zip(positions, halves)], 1)
     return angle.cos(), angle.sin()
 
 
