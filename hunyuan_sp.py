@@ -110,6 +110,10 @@ def layer_norm(x):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
@@ -270,9 +274,6 @@ class Modulation(nn.Module):
         return self.linear(F.silu(vec))[:, None].chunk(self.count, -1)
 
 
-gelu = partial(F.gelu, approximate="tanh")
-
-
 class RefinerBlock(nn.Module):
     """Text alone: gates from the condition, no shift and scale, no rope, no qk-norm."""
 
@@ -330,21 +331,25 @@ class DoubleBlock(nn.Module):
         self.img_mlp, self.txt_mlp = MLP(dim, hidden, gelu), MLP(dim, hidden, gelu)
 
     def forward(self, img, txt, vec, rope, attend):
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+        img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)  # shift1, scale1, gate1, shift2, scale2, gate2
+        q, k, v = self.before(img, txt, img_mod, txt_mod, rope)
+        return self.after(img, txt, img_mod, txt_mod, attend(q, k, v))
 
-        # each stream its own q, k, v [B, S/P or L/P, H, D]
-        img_qkv = self.img_attn_qkv(modulate(layer_norm(img), img_shift1, img_scale1))
-        txt_qkv = self.txt_attn_qkv(modulate(layer_norm(txt), txt_shift1, txt_scale1))
-        img_q, img_k, img_v = rearrange(img_qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
-        txt_q, txt_k, txt_v = rearrange(txt_qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
-
-        # joined for attention alone
+    def before(self, img, txt, img_mod, txt_mod, rope):
+        """Each stream its own q, k, v [B, S/P or L/P, H, D], joined for attention alone."""
+        img_qkv = self.img_attn_qkv(modulate(layer_norm(img), *img_mod[:2]))
+        txt_qkv = self.txt_attn_qkv(modulate(layer_norm(txt), *txt_mod[:2]))
+        img_q, img_k, img_v = img_qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        txt_q, txt_k, txt_v = txt_qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         q = torch.cat((self.img_attn_q_norm(img_q), self.txt_attn_q_norm(txt_q)), 1)
         k = torch.cat((self.img_attn_k_norm(img_k), self.txt_attn_k_norm(txt_k)), 1)
-        out = attend(rotate(q, rope), rotate(k, rope), torch.cat((img_v, txt_v), 1))
-        img_out, txt_out = out.split((img.shape[1], txt.shape[1]), 1)
+        return rotate(q, rope), rotate(k, rope), torch.cat((img_v, txt_v), 1)
 
+    def after(self, img, txt, img_mod, txt_mod, out):
+        """Each stream its own projection and MLP; out [B, (S+L)/P, C] is this rank's video, then its text."""
+        img_out, txt_out = out.split((img.shape[1], txt.shape[1]), 1)
+        img_gate1, img_shift2, img_scale2, img_gate2 = img_mod[2:]
+        txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod[2:]
         img = img + img_gate1 * self.img_attn_proj(img_out)
         txt = txt + txt_gate1 * self.txt_attn_proj(txt_out)
         img = img + img_gate2 * self.img_mlp(modulate(layer_norm(img), img_shift2, img_scale2))
@@ -364,10 +369,17 @@ class SingleBlock(nn.Module):
 
     def forward(self, x, vec, rope, attend):
         shift, scale, gate = self.modulation(vec)
-        hidden = self.linear1(modulate(layer_norm(x), shift, scale))
-        qkv, mlp = hidden.split((3 * x.shape[2], hidden.shape[2] - 3 * x.shape[2]), 2)
-        q, k, v = rearrange(qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
-        out = attend(rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v)
+        q, k, v, mlp = self.before(x, shift, scale, rope)
+        return self.after(x, gate, attend(q, k, v), mlp)
+
+    def before(self, x, shift, scale, rope):
+        """One matrix product for q, k, v [B, (S+L)/P, H, D] and the MLP's input."""
+        hidden, qkv_dim = self.linear1(modulate(layer_norm(x), shift, scale)), 3 * x.shape[2]
+        qkv, mlp = hidden.split((qkv_dim, hidden.shape[2] - qkv_dim), 2)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, mlp
+
+    def after(self, x, gate, out, mlp):
         return x + gate * self.linear2(torch.cat((out, gelu(mlp)), 2))
 
 
@@ -465,6 +477,12 @@ class HunyuanVideo(nn.Module):
             return out.clone()  # FSDP2 wants no view from its modules
         # 64 numbers a token are cheaper to gather than 3072
         return unpatchify(gather_sequence(out, group, video), grid, self.config.patch_size)
+
+    def compile_blocks(self):
+        """torch.compile on each side of attention: whole graphs, nothing of ranks in them, the same for all blocks."""
+        for block in (*self.double_blocks, *self.single_blocks):
+            block.before = torch.compile(block.before, fullgraph=True)
+            block.after = torch.compile(block.after, fullgraph=True)
 
     def _rope(self, grid, video, text, group, device):
         """The rows of this rank's video tokens, then no rotation for its text tokens."""

@@ -51,6 +51,7 @@ def parse(argv=None):
     p.add_argument("--sp", type=int, help="ranks that share a clip (default: all)")
     p.add_argument("--shard", action="store_true", help="FSDP2, for weights that do not fit one GPU")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    p.add_argument("--compile", action="store_true", help="torch.compile both sides of each block's attention")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, float32 on CPUs")
     p.add_argument("--height", type=int, default=256, help="of the video, for models over VAE latents")
     p.add_argument("--width", type=int, default=256, help="of the video")
@@ -179,7 +180,10 @@ def build_model(pm, args):
         load_weights(model, args.weights)
     else:
         init_weights(model)
-    return model if args.shard else model.to(dtype)
+    model = model if args.shard else model.to(dtype)
+    if args.compile:
+        model.compile_blocks()
+    return model
 
 
 def read_prompts(args, config):

@@ -351,6 +351,8 @@ def build_model(config, pm, args):
         load_weights(model, args.weights)
     elif not args.resume:
         init_weights(model, args.seed)
+    if args.compile:
+        model.compile_blocks()
     pm.optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=True
     )
