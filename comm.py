@@ -22,12 +22,14 @@ import shutil
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -193,7 +195,8 @@ class ParallelManager:
         self.sp_rank, self.sp_size = self.mesh.get_local_rank("sp"), sp
         for group in (self.dp_group, self.sp_group):
             _set_pg_timeout(wait, group)  # sub-groups don't inherit it: pytorch issue 119574
-        self.model = self.optimizer = None
+        self.save_group = dist.new_group(backend="gloo", timeout=wait)  # saving goes on beside training
+        self.model = self.optimizer = self._saving = None
 
     def shard(self, model, blocks, param_dtype=None, shard_size=None, reshard_after_forward=True):
         """FSDP2 over all ranks, dp and sp together, block by block; the model becomes self.model.
@@ -234,54 +237,107 @@ class ParallelManager:
     def clip_grad_norm(self, max_norm):
         """Scale the gradients to a global L2 norm of at most max_norm; returns the norm before, equal on all ranks."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
-    def step(self):
-        """One optimizer step, then forget the gradients."""
-        self.optimizer.step()
+    def step(self, skip=False):
+        """One optimizer step (or none), then forget the gradients."""
+        if not skip:
+            self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def save(self, folder, step, extra):
-        """Write folder/step-N: weights and optimizer as safetensors, each rank its own part, and state.json with `extra`.
+    # A checkpoint is a folder step-N: safetensors that torch.distributed.checkpoint wrote, each rank its own part, and
+    # manifest.json with every file's size and crc32. It is written as tmp-step-N, the manifest last, and then renamed:
+    # what is called step-N was complete once, and the manifest tells whether it still is. Nothing is ever unpickled.
 
-        Everything is written under a temporary name and state.json, which lists every file's size and crc32, comes last;
-        one rename then makes it step-N. So what is called step-N is complete, and no pickle is ever read.
+    def save(self, folder, step, extra, keep=0):
+        """Start saving weights, optimizer and `extra` (JSON) as folder/step-N; training may go on at once.
+
+        Every rank calls it; it returns when the state is copied to the CPU. `finish_save` completes it. keep: so many
+        checkpoints of this run stay (0: all). OSError, on every rank, if the folder can't be written.
         """
+        self.finish_save()
         final, temporary = Path(folder) / f"step-{step}", Path(folder) / f"tmp-step-{step}"
-        if self.is_main:
+
+        def make_room():
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        dist.barrier()
+
+        self.on_main(make_room)
         writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        dcp.save(self._tensors()[0], storage_writer=writer)
-        found = self._checksums(temporary, sorted(p.name for p in temporary.iterdir() if p.is_file()))
-        if self.is_main:
-            with open(temporary / "state.json", "w") as file:
-                json.dump(dict(extra, step=step, saved=time.time(), files=found), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.rmtree(final, ignore_errors=True)
+        written = dcp.async_save(self._tensors()[0], storage_writer=writer, process_group=self.save_group)
+        summed = ThreadPoolExecutor(1).submit(self._checksums_when, written, temporary)
+        self._saving = summed, temporary, final, dict(extra, step=step), keep
+
+    def _checksums_when(self, written, folder):
+        """In a thread: wait until all ranks have written, then read back what this rank wrote."""
+        written.result()
+        return {p.name: checksum(p) for p in sorted(folder.glob("*.safetensors"))[self.rank :: self.world_size]}
+
+    def save_ready(self):
+        """Whether finish_save would not wait for this rank."""
+        return self._saving is not None and self._saving[0].done()
+
+    def finish_save(self):
+        """Complete the save under way, if any, on every rank. OSError, on every rank, if it failed; nothing is lost then."""
+        if self._saving is None:
+            return
+        (summed, temporary, final, manifest, keep), self._saving, files = self._saving, None, {}
+
+        def written():
+            try:
+                return summed.result()
+            except (Exception, CheckpointException) as error:  # the latter is no Exception
+                raise OSError(f"{temporary} could not be written: {_first_line(error)}") from None
+
+        for part in self._together(written):
+            files |= part
+
+        def complete():
+            write_manifest(temporary, dict(manifest, saved=time.time(), files=files))
+            if final.exists():
+                shutil.rmtree(final)
             os.rename(temporary, final)
-        dist.barrier()
+            mine = [p for p in checkpoints(final.parent) if read_manifest(p, "run") == manifest.get("run")]
+            for path in [p for p in mine if not p.is_symlink()][keep:] if keep else []:
+                shutil.rmtree(path)
 
-    def resume(self, folder):
-        """Load the newest step-N of folder into the model (and the optimizer, if there is one); returns its `extra`.
+        self.on_main(complete)
 
-        On any layout, sharded or not. Every file is checked before any is loaded: ValueError names a damaged one,
-        FileNotFoundError says that there is no checkpoint.
+    def find(self, folder, run=None):
+        """The newest checkpoint in folder that is whole: (path, manifest). Damaged ones are named and passed over.
+
+        run: only those whose manifest says so. Equal on all ranks; FileNotFoundError, on all, if there is none.
         """
-        path = latest_checkpoint(folder)
-        extra = json.loads((path / "state.json").read_text())
-        wanted = extra.pop("files")
-        found = self._checksums(path, sorted(wanted))
-        if bad := [name for name in sorted(wanted) if found[name] != wanted[name]]:
-            raise ValueError(f"{path / bad[0]} is not what was saved: {found[bad[0]]} against {wanted[bad[0]]}")
+        problems = []
+        for path in self.on_main(lambda: checkpoints(folder)):
+            problem, manifest = self._verify(path)
+            if problem is None and (run is None or manifest.get("run") == run):
+                return path, manifest
+            problems += [problem] if problem else []
+            if problem and self.is_main:
+                print(f"skipping {path}: {problem}", file=sys.stderr, flush=True)
+        told = f"no checkpoint in {folder}: there is no step-N folder in it"
+        raise FileNotFoundError(f"no whole checkpoint in {folder}: {problems[0]}" if problems else told)
+
+    def _verify(self, path):
+        """(what is wrong or None, manifest); the files are shared out over the ranks."""
+        try:
+            manifest = read_manifest(path)
+        except ValueError as error:
+            manifest, mine = dict(files={}), [str(error)]
+        else:
+            names = sorted(manifest["files"])[self.rank :: self.world_size]
+            mine = [f"{n} {told}" for n in names if (told := _difference(path / n, manifest["files"][n]))]
+        problems = [p for part in self._together(lambda: mine) for p in part]
+        return (problems[0] if problems else None), manifest
+
+    def load(self, path):
+        """Load a checkpoint into the model (and the optimizer, if there is one): any layout, sharded or not."""
         tensors, optimizer_state = self._tensors()
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
         if self.optimizer:
             loaded = {k: tensors.get(f"optimizer.{k}", v) for k, v in optimizer_state.items()}
             set_optimizer_state_dict(self.model, self.optimizer, loaded, options=FLAT)
-        return extra
 
     def _tensors(self):
         """Everything that training changes, by name; learning rate and the like belong to the command line."""
@@ -289,17 +345,35 @@ class ParallelManager:
         state = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT) if self.optimizer else {}
         return tensors | {f"optimizer.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}, state
 
-    def _checksums(self, path, names):
-        """[bytes, crc32] of each file, the work shared out over the ranks, the answer equal on all of them."""
-        mine, everyone = {name: _checksum(path / name) for name in names[self.rank :: self.world_size]}, {}
-        parts = [None] * self.world_size
-        dist.all_gather_object(parts, mine)
-        for part in parts:
-            everyone |= part
-        return everyone
+    def _together(self, function):
+        """Call it on every rank (None: nothing) and exchange the results; an OSError on one is raised on all."""
+        mine, results = [None, None], [None] * self.world_size
+        try:
+            mine[0] = function() if function else None
+        except OSError as error:
+            mine[1] = f"rank {self.rank}: {error}" if self.world_size > 1 else str(error)
+        dist.all_gather_object(results, mine, group=self.save_group)
+        if failed := [told for _, told in results if told]:
+            raise OSError(failed[0])
+        return [result for result, _ in results]
+
+    def on_main(self, function):
+        """What `function` returns on rank 0, on every rank; its OSError is raised on every rank."""
+        return self._together(function if self.is_main else None)[0]
+
+    def check_equal(self, **facts):
+        """Refuse the classic silent bug, sp ranks that work on different things: ValueError names ranks and facts."""
+        parts = [None] * self.sp_size
+        dist.all_gather_object(parts, facts, group=self.sp_group)
+        first = self.rank - self.sp_rank
+        for rank, other in enumerate(parts, first):
+            if wrong := [name for name in facts if other[name] != parts[0][name]]:
+                values = f"{parts[0][wrong[0]]} and {other[wrong[0]]}"
+                raise ValueError(f"ranks {first} and {rank} share a sample but differ in {', '.join(wrong)}: {values}")
 
     def close(self):
         """Leave the job with status 0. Python's own way out crashes in gloo's threads in every second run."""
+        self.finish_save()
         dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -307,22 +381,67 @@ class ParallelManager:
         os._exit(0)
 
 
-def latest_checkpoint(folder):
-    """The step-N in folder that was completed last; FileNotFoundError if there is none."""
-    states = [p for p in Path(folder).glob("step-*/state.json") if re.fullmatch(r"step-\d+", p.parent.name)]
-    if not states:
-        raise FileNotFoundError(f"no checkpoint in {folder}: there is no step-N folder with a state.json")
-    return max(states, key=lambda path: json.loads(path.read_text())["saved"]).parent
+def checkpoints(folder):
+    """The step-N folders in `folder`, the one completed last first."""
+    found = [p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: (read_manifest(p, "saved") or 0.0, int(p.name[5:])), reverse=True)
 
 
-def _checksum(path):
-    if not path.is_file():
-        return "missing"
-    crc = 0
+def silent_ranks(seconds=1.5):
+    """Who is missing, asked when a collective has failed here: ranks that have not failed too within some seconds."""
+    store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
+    store.set(f"failed/{dist.get_rank()}", "1")
+    time.sleep(seconds)
+    return [rank for rank in ranks if not store.check([f"failed/{rank}"])]
+
+
+def write_manifest(folder, manifest):
+    """manifest.json with its own crc32, on the disk when this returns."""
+    text = json.dumps(manifest, sort_keys=True)
+    with open(folder / "manifest.json", "w") as file:
+        json.dump(dict(manifest, crc32=zlib.crc32(text.encode())), file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder, key=None):
+    """The manifest of a checkpoint; ValueError says why it is none. With a key: that entry, or None."""
+    try:
+        manifest = json.loads((Path(folder) / "manifest.json").read_text())
+        text = json.dumps({k: v for k, v in manifest.items() if k != "crc32"}, sort_keys=True)
+        if zlib.crc32(text.encode()) != manifest["crc32"]:
+            raise ValueError("its crc32 is another")
+        if any(not re.fullmatch(r"[\w.-]+\.safetensors", name) for name in manifest["files"]):
+            raise ValueError("it names files outside its folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if key is not None:
+            return None
+        raise ValueError(f"manifest.json is not what was saved: {_first_line(error)}") from None
+    return manifest if key is None else manifest.get(key)
+
+
+def checksum(path):
+    """[bytes, crc32] of a file."""
+    size = crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return [path.stat().st_size, crc]
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def _difference(path, wanted):
+    """How a file differs from the [bytes, crc32] it had, or None. Sizes are looked at before anything is read."""
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != wanted[0]:
+        return f"has {path.stat().st_size} bytes, {wanted[0]} were saved"
+    return None if checksum(path) == wanted else "has another crc32 than was saved"
+
+
+def _first_line(error):
+    """Of an exception that may carry other ranks' tracebacks: the sentence that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if re.match(r"\s*[\w.]*(Error|Exception)", line)]
+    return lines[-1] if lines else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _init_process_group(backend, timeout):

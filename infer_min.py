@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from comm import ParallelManager, latest_checkpoint
+from comm import ParallelManager
 from hunyuan_sp import NAMINGS, HunyuanConfig, HunyuanVideo, forward_flops, init_weights, load_weights, save_weights
 from train_min import (
     CAPTIONS,
@@ -57,7 +57,7 @@ def parse(argv=None):
     p.add_argument("--width", type=int, default=256, help="of the video")
     p.add_argument("--frames", type=int, default=17, help="of the video, 4k+1")
     p.add_argument("--steps", type=int, default=20, help="Euler steps")
-    p.add_argument("--shift", type=float, help="flow shift (default 3; 13b: 7)")
+    p.add_argument("--shift", type=float, help="flow shift (default 4; 13b: 7)")
     p.add_argument("--guidance", type=float, default=6.0, help="embedded guidance scale, for models that have it")
     p.add_argument(
         "--cfg", type=float, default=1.0, help="true classifier-free guidance scale, two passes in one batch"
@@ -161,9 +161,8 @@ def build_model(pm, args):
     """Trained, released or random weights; plain tensors on every rank, or sharded."""
     trained = not (args.weights or args.config)
     if trained:
-        config = HunyuanConfig.from_dict(
-            json.loads((latest_checkpoint(args.checkpoint) / "state.json").read_text())["config"]
-        )
+        path, state = pm.find(args.checkpoint)
+        config = HunyuanConfig.from_dict(state["config"])
     else:
         args.config = args.config or "13b"
         config = get_config(args)
@@ -175,7 +174,7 @@ def build_model(pm, args):
     else:
         pm.model = (model if trained else model.to(dtype)).to_empty(device=pm.device)
     if trained:
-        pm.resume(args.checkpoint)
+        pm.load(path)
     elif args.weights:
         load_weights(model, args.weights)
     else:
@@ -218,7 +217,8 @@ def infer(args):
 
     prompts, negative = read_prompts(args, config)
     shape = RandomLatents(config, args.height, args.width, args.frames, 1).shape if big else CLIP_SHAPE
-    shift, seconds, right = args.shift or (7.0 if big else 3.0), [], [0, 0, 0]
+    shift, cfg = args.shift or (7.0 if big else 4.0), args.cfg or (1.0 if big else 2.0)
+    seconds, right = [], [0, 0, 0]
     for first in range(0, len(prompts), pm.dp_size):
         n = min(
             first + pm.dp_rank, len(prompts) - 1
@@ -238,7 +238,7 @@ def infer(args):
             args.guidance,
             pm.sp_group,
             away,
-            args.cfg,
+            cfg,
             clock.tick,
         )[0].cpu()
         if extra:
@@ -254,7 +254,7 @@ def infer(args):
             print(f"of {total:.0f} prompts, the colour is right in {colours:.0f} and the direction in {directions:.0f}")
     elif pm.is_main and big:
         video = shape[1] * shape[2] * shape[3] // 4
-        forward = forward_flops(config, video, len(text)) * (1 + (args.cfg > 1))
+        forward = forward_flops(config, video, len(text)) * (1 + (cfg > 1))
         warm = sorted(seconds[2:] or seconds)
         print(json.dumps(rates(pm, warm[len(warm) // 2], video, forward) | dict(fastest=round(warm[0], 4))), flush=True)
     return pm

@@ -3,6 +3,7 @@
     $ pytest                        # CPU and gloo; a layout with enough GPUs runs on them with NCCL
     $ pytest -k 1x3                 # one layout
     $ pytest -k gradients -x        # one rule
+    $ LONG=1 pytest -k kill         # 50 kills instead of 2; LAYOUTS="1x1 2x3 3x2" for other layouts
 
 Everything is compared with one device (group=None) in float64 at sizes that do not divide: what is left is summation order.
 """
@@ -12,7 +13,9 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -54,7 +57,9 @@ from hunyuan_sp import (  # fmt: skip
 from sampler import DPSPBatchSampler, SampleIndex
 
 HERE = Path(__file__).parent
-LAYOUTS = ["1x1", "1x2", "2x1", "1x3", "2x2", "1x4", "1x5"]
+LAYOUTS = os.environ.get("LAYOUTS", "1x1 1x2 2x1 1x3 2x2 1x4 1x5").split()
+LONG = bool(os.environ.get("LONG"))  # what does not fit into ten minutes
+KILLS = 50 if LONG else 2
 # 5 heads divide by no sp but 1 and 5; more channels in than out, as in image-to-video
 CONFIG = HunyuanConfig(5, (2, 2, 4), 256.0, 2, 2, 1, 2.0, 5, 4, (1, 2, 2), 12, 6, True)
 GOLDEN = HunyuanConfig(6, (2, 2, 4), 256.0, 2, 2, 2, 2.0, 8, 8, (1, 2, 2), 40, 24, True)
@@ -153,36 +158,37 @@ CASES = {  # latents (T, h, w), valid text lengths
 
 def check_gradients(pm, folder):
     """Forward, input gradients and every parameter gradient, under every checkpointing setting."""
-    for config in (CONFIG, replace(CONFIG, guidance_embed=False, in_channels=9)):
+    everything = [(CONFIG, case, checkpointing) for case in CASES for checkpointing in CHECKPOINTING]
+    for config, name, checkpointing in [
+        *everything,
+        (replace(CONFIG, guidance_embed=False, in_channels=9), "ragged", "none"),
+    ]:
         model, names = random_model(config, pm.device), ("latents", "text", "pooled")
-        for (name, case), checkpointing in [(c, k) for c in CASES.items() for k in CHECKPOINTING]:
-            inputs = random_inputs(config, *case, pm.device)
-            for n in names:
-                inputs[n].requires_grad_()
-            params = dict(model.named_parameters())
-            wanted = [*params.values(), *(inputs[n] for n in names)]
-            truth = model(**inputs)
-            draw = partial(torch.randn, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-            cotangents = [draw(truth.shape).to(pm.device) for _ in range(pm.sp_size)]
-            true_grads = torch.autograd.grad(truth, wanted, sum(cotangents), retain_graph=True)
-            if name == "ragged":
-                for n, g in zip(params, true_grads):
-                    assert g.abs().max() > 1e-6, f"{n} is not tested: its gradient is zero"
+        inputs = random_inputs(config, *CASES[name], pm.device)
+        for n in names:
+            inputs[n].requires_grad_()
+        params = dict(model.named_parameters())
+        wanted = [*params.values(), *(inputs[n] for n in names)]
+        truth = model(**inputs)
+        draw = partial(torch.randn, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        cotangents = [draw(truth.shape).to(pm.device) for _ in range(pm.sp_size)]
+        true_grads = torch.autograd.grad(truth, wanted, sum(cotangents), retain_graph=True)
+        if name == "ragged":
+            for n, g in zip(params, true_grads):
+                assert g.abs().max() > 1e-6, f"{n} is not tested: its gradient is zero"
 
-            # split: what training does. The whole gradient is the plain sum over ranks
-            patches = model(**inputs, group=pm.sp_group, gather=False, checkpointing=checkpointing)
-            close(
-                gather_sequence(patches, pm.sp_group, patchify(truth, (1, 2, 2)).shape[1]), patchify(truth, (1, 2, 2))
-            )
-            local = split_sequence(patchify(sum(cotangents), (1, 2, 2)), pm.sp_group)
-            for g, t in zip(torch.autograd.grad(patches, wanted, local), true_grads):
-                close(pm.sum(g, pm.sp_group), t)
+        # split: what training does. The whole gradient is the plain sum over ranks
+        patches = model(**inputs, group=pm.sp_group, gather=False, checkpointing=checkpointing)
+        close(gather_sequence(patches, pm.sp_group, patchify(truth, (1, 2, 2)).shape[1]), patchify(truth, (1, 2, 2)))
+        local = split_sequence(patchify(sum(cotangents), (1, 2, 2)), pm.sp_group)
+        for g, t in zip(torch.autograd.grad(patches, wanted, local), true_grads):
+            close(pm.sum(g, pm.sp_group), t)
 
-            # gathered: every rank has the whole output, and here a loss of its own
-            out = model(**inputs, group=pm.sp_group, checkpointing=checkpointing)
-            close(out, truth)
-            for g, t in zip(torch.autograd.grad(out, wanted, cotangents[pm.sp_rank]), true_grads):
-                close(pm.sum(g, pm.sp_group), t)
+        # gathered: every rank has the whole output, and here a loss of its own
+        out = model(**inputs, group=pm.sp_group, checkpointing=checkpointing)
+        close(out, truth)
+        for g, t in zip(torch.autograd.grad(out, wanted, cotangents[pm.sp_rank]), true_grads):
+            close(pm.sum(g, pm.sp_group), t)
 
 
 @golden_frequencies()
@@ -224,7 +230,8 @@ class Ragged:
 
 
 def check_three_steps(pm, folder):
-    """AdamW, clipping and accumulation under FSDP2 and HSDP: equal to one device on the whole batch, weight by weight."""
+    """AdamW, clipping and accumulation under FSDP2 and HSDP: equal to one device on the whole batch, weight by weight,
+    after 3 steps at every setting and after 50 at the first."""
     config = replace(CONFIG, in_channels=4)
     collate = partial(train_min.collate, seed=0, shift=3.0, caption_drop=0.3)
 
@@ -240,7 +247,8 @@ def check_three_steps(pm, folder):
 
     truth = random_model(config, pm.device)
     optimizer, stream, losses, norms = torch.optim.AdamW(truth.parameters(), weight_decay=0.1), batches(0, 1, 1), [], []
-    for step in range(3):
+    weights = {}
+    for step in range(50):
         (batch,) = next(stream)
         error = truth(**{k: batch[k] for k in ("latents", "timestep", "text", "text_mask", "pooled")},
                       guidance=torch.full_like(batch["timestep"], 1000.0)) - batch["target"]  # fmt: skip
@@ -251,34 +259,34 @@ def check_three_steps(pm, folder):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        weights[step] = [p.detach().clone() for p in truth.parameters()] if step in (2, 49) else None
 
     settings = [
         (size, a, True, c) for size in {pm.world_size, pm.sp_size, 1} for a, c in ((1, "none"), (2, "attention"))
     ]
-    for shard_size, accumulation, reshard, checkpointing in [*settings, (pm.world_size, 1, False, "full")]:
+    settings += [(pm.world_size, 1, False, "full")]
+    for n, (shard_size, accumulation, reshard, checkpointing) in enumerate(settings):
+        last = 2 if n else 49
         model = random_model(config, pm.device)
         blocks = [*model.double_blocks, *model.single_blocks]
         pm.shard(model, blocks, shard_size=shard_size, reshard_after_forward=reshard)
         pm.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
         stream = batches(pm.dp_rank, pm.dp_size, accumulation)
-        for step in range(3):
+        for step in range(last + 1):
             micro = next(stream)
             count = pm.sum(sum(train_min.count_tokens(b, (1, 2, 2)) for b in micro), pm.dp_group)
             total = 0.0
-            for n, batch in enumerate(micro):
+            for m, batch in enumerate(micro):
                 loss = train_min.flow_loss(model, batch, 1.0, pm.sp_group, checkpointing) / count
-                pm.backward(loss, last=n == accumulation - 1)
+                pm.backward(loss, last=m == accumulation - 1)
                 total += loss.detach()
             norm = pm.clip_grad_norm(0.5)
             pm.optimizer.param_groups[0]["lr"] = rate(step)
             pm.step()
-            assert (
-                abs(pm.sum(total).item() - losses[step]) < 1e-10
-                and abs(norm.item() - norms[step]) < 1e-10 * norms[step]
-            )
-        for (name, param), true in zip(model.named_parameters(), truth.parameters()):
+            assert abs(pm.sum(total).item() - losses[step]) < 1e-10 and abs(norm - norms[step]) < 1e-10 * norms[step]
+        for (name, param), true in zip(model.named_parameters(), weights[last]):
             assert isinstance(param, DTensor), name
-            close(param.full_tensor(), true)
+            close(param.full_tensor(), true, 1e-10 if n else 1e-11)
     pm.model = pm.optimizer = None
 
 
@@ -292,22 +300,21 @@ SHORT = "--steps 5 --warmup 2 --lr 1e-3 --batch 6 --accumulation 2 --caption_dro
 
 
 def check_loss_curve_and_resume(pm, folder):
-    """The same run on every layout; its step 2 goes on here, and then that one's step 4. So does the 1x1 run's step 2."""
+    """The same run on every layout; its step 2 goes on here, and then that one's step 4;
+    so does step 2 of the first layout and of the one before (LONG=1: of every one before)."""
     own = folder / f"run-{pm.dp_size}x{pm.sp_size}"
     train(pm, *SHORT, "--out", str(own))
-    for source, name in (
-        (folder / "run-1x1/step-2", "other"),
-        (own / "step-2", "once"),
-        (own / "once/step-4", "twice"),
-    ):
+    others = sorted((p for p in folder.glob("run-*") if p != own), key=lambda p: (p / "log.jsonl").stat().st_mtime)
+    others = others if LONG else [*others[:1], *others[1:][-1:]]
+    sources = [(p / "step-2", f"from-{p.name}") for p in others]
+    for source, name in [*sources, (own / "step-2", "once"), (own / "once/step-4", "twice")]:
         if pm.is_main:
             shutil.copytree(source, own / name / source.name)
         dist.barrier()
         train(pm, *SHORT, "--out", str(own / name), "--resume")
     for name in ("once", "twice"):
-        for file in (own / "step-5").glob("*.safetensors"):
-            truth, ours = load_file(file), load_file(own / name / "step-5" / file.name)
-            assert truth.keys() == ours.keys() and all(torch.equal(truth[k], ours[k]) for k in truth), file
+        truth, ours = load_checkpoint(own / "step-5"), load_checkpoint(own / name / "step-5")
+        assert truth and truth.keys() == ours.keys() and all(torch.equal(truth[k], ours[k]) for k in truth)
 
 
 def check_sampling(pm, folder):
@@ -346,7 +353,82 @@ def check_bad_input_is_refused_on_every_rank(pm, folder):
         pm.shard(random_model(CONFIG), [], shard_size=pm.world_size + 1)
     for nothing in (folder / "absent", folder):
         with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-            pm.resume(nothing)
+            pm.find(nothing)
+    pm.check_equal(step=1, samples=[2, 3])
+    if pm.sp_size > 1:
+        with pytest.raises(ValueError, match=r"ranks \d and \d share a sample but differ in samples: \[0\] and \[1\]"):
+            pm.check_equal(step=1, samples=[int(pm.sp_rank > 0)])
+
+
+def check_a_damaged_checkpoint_is_never_loaded(pm, folder):
+    """Each file cut by a byte, halved, emptied, flipped at three places, deleted, swapped; the manifest edited."""
+    folder = folder / f"damage-{pm.dp_size}x{pm.sp_size}"
+    model = random_model(CONFIG, pm.device)
+    pm.shard(model, [*model.double_blocks, *model.single_blocks])
+    pm.optimizer = torch.optim.AdamW(model.parameters())
+    for step in (1, 2):
+        with torch.no_grad():
+            model.img_in.proj.bias.mul_(2)
+        pm.save(folder, step, dict(run="a"))
+        pm.finish_save()
+    good, manifest = pm.find(folder, "a")
+    assert good.name == "step-2" and manifest["step"] == 2
+    damages = {
+        "cut by a byte": lambda data, other: data[:-1],
+        "halved": lambda data, other: data[: len(data) // 2],
+        "empty": lambda data, other: b"",
+        "another step's": lambda data, other: other,
+        "deleted": lambda data, other: None,
+    }
+    for place in (0.001, 0.5, 0.999):
+        damages[f"flipped at {place}"] = lambda data, other, place=place: flip(data, int(len(data) * place))
+    damages["edited"] = lambda data, other: data.replace(b'"step": 2', b'"step": 7')
+    for file in sorted(p.name for p in good.iterdir()):
+        for name, damage in damages.items():
+            if name == "edited" and file != "manifest.json":
+                continue
+            data = (good / file).read_bytes()
+            dist.barrier()
+            if pm.is_main:
+                (good / file).unlink()
+                if (damaged := damage(data, (folder / "step-1" / file).read_bytes())) is not None:
+                    assert damaged != data
+                    (good / file).write_bytes(damaged)
+            dist.barrier()
+            problem, _ = pm._verify(good)
+            found = pm.find(folder)[0].name
+            if not (name == "another step's" and file == "manifest.json"):  # its files are then the ones that differ
+                assert problem and file in problem, (file, name, problem)
+            assert found == "step-1", (file, name)
+            dist.barrier()
+            if pm.is_main:
+                (good / file).write_bytes(data)
+            dist.barrier()
+    assert pm.find(folder)[0].name == "step-2"
+
+    # a full disk, as a limit on file sizes: every rank raises at once, and what was there stays
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if pm.rank == pm.world_size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    started = time.time()
+    with pytest.raises(OSError, match="tmp-step-3 could not be written"):
+        pm.save(folder, 3, dict(run="a"))
+        pm.finish_save()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert time.time() - started < 2 and pm.find(folder)[0].name == "step-2"
+    for step in (4, 5, 6):  # of run a two stay, of others all
+        pm.save(folder, step, dict(run="a" if step > 4 else "b"), keep=2)
+    pm.finish_save()
+    assert sorted(p.name for p in folder.glob("step-*")) == ["step-4", "step-5", "step-6"]
+    pm.model = pm.optimizer = None
+
+
+def load_checkpoint(path):
+    return {f"{f.name}/{k}": t for f in path.glob("*.safetensors") for k, t in load_file(f).items()}
+
+
+def flip(data, place):
+    return data[:place] + bytes([data[place] ^ 1]) + data[place:][1:]
 
 
 def check_meta_init_and_export(pm, folder):
@@ -470,7 +552,9 @@ def test_loss_curve_is_the_same_on_every_layout(layout, layout_folder):
         for key in ("loss", "grad_norm"):
             assert abs(a[key] - b[key]) <= 1e-5 * a[key], (a, b)
     # resumed: exactly where this layout saved it, to rounding where another one did
-    for name, steps, tolerance in (("once", [3, 4, 5], 0), ("twice", [5], 0), ("other", [3, 4, 5], 1e-5)):
+    others = [(p.name, [3, 4, 5], 1e-6) for p in (folder / f"run-{layout}").glob("from-*")]
+    assert others or layout == "1x1"
+    for name, steps, tolerance in [("once", [3, 4, 5], 0), ("twice", [5], 0), *others]:
         resumed = losses(folder / f"run-{layout}" / name)
         assert [entry["step"] for entry in resumed] == steps
         for a, b in zip(ours[-len(steps) :], resumed):
@@ -926,11 +1010,140 @@ def test_data_folder_and_damaged_checkpoint(tmp_path):
     code, printed = launch(*flags, "6", ranks=2)
     assert code == 0 and len(losses(tmp_path / "out")) == 6, printed
     file = next((tmp_path / "out" / "step-6").glob("*.safetensors"))
-    data = bytearray(file.read_bytes())
-    data[-100] ^= 1
-    file.write_bytes(data)
+    file.write_bytes(flip(file.read_bytes(), -100))
     code, printed = launch(*flags, "8", "--resume")
-    assert code != 0 and file.name in printed and "is not what was saved" in printed, printed
+    assert code != 0 and re.search(f"error: no whole checkpoint in .*{file.name} has another crc32", printed), printed
+
+
+def test_steps_without_finite_gradients_are_skipped(tmp_path):
+    """One sample of four is NaN: its step is left out on all ranks. Nothing but NaN: it stops with a sentence."""
+    (tmp_path / "data").mkdir()
+    for n in range(4):
+        latents = torch.full((3, 1, 4, 4), math.nan if n == 2 else 0.5)
+        save_file(
+            dict(latents=latents, text=torch.ones(2, 32), pooled=torch.ones(32)), tmp_path / "data" / f"{n}.safetensors"
+        )
+    flags = ["train_min.py", "--data", str(tmp_path / "data"), "--device", "cpu", "--batch", "2", "--max_skipped", "3"]
+    code, printed = launch(*flags, "--steps", "4", "--out", str(tmp_path / "a"), ranks=2)
+    assert code == 0 and [entry["skipped"] for entry in losses(tmp_path / "a")].count(True) == 2, printed
+    weights = load_checkpoint(tmp_path / "a" / "step-4").values()
+    assert all(w.isfinite().all() for w in weights)
+    for n in (0, 1, 3):
+        shutil.copy(tmp_path / "data" / "2.safetensors", tmp_path / "data" / f"{n}.safetensors")
+    code, printed = launch(*flags, "--steps", "9", "--out", str(tmp_path / "b"))
+    assert code != 0 and "3 steps in a row, the last one 3, had no finite loss" in printed, printed
+
+
+def start(tmp_path, *flags, ranks=2, script="train_min.py", agent=()):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        *agent,
+        str(script),
+    ]
+    flags = ["--device", "cpu", "--out", str(tmp_path / "run"), *flags]
+    log = open(tmp_path / "printed", "a")
+    environment = os.environ | dict(PYTHONPATH=str(HERE))
+    return subprocess.Popen([*command, *flags], stdout=log, stderr=log, cwd=HERE, env=environment)
+
+
+def workers_of(agent):
+    """Process ids of the ranks of a torchrun agent, in order."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in listed.split()]
+
+
+def wait_for(condition, seconds=60):
+    until = time.time() + seconds
+    while not condition() and time.time() < until:
+        time.sleep(0.02)
+    assert condition()
+
+
+def steps_done(tmp_path):
+    path = tmp_path / "run" / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_kill_a_random_rank_and_go_on(tmp_path):
+    """kill -9 at random moments under --max-restarts: losses and final weights equal an undisturbed run's, bit for bit."""
+    steps = 12 + 4 * KILLS
+    flags = ["--steps", str(steps), "--batch", "4", "--sp", "2", "--save_every", "2"]
+    (tmp_path / "calm").mkdir()
+    assert start(tmp_path / "calm", *flags).wait(timeout=300) == 0
+    agent, draw = (
+        start(tmp_path, *flags, agent=[f"--max-restarts={KILLS}", "--monitor-interval=0.1"]),
+        random.Random(KILLS),
+    )
+    for n in range(KILLS):
+        until = time.time() + draw.uniform(3, 7)  # anywhere: at start, in a step, in a save
+        victims = []
+        while time.time() < until or len(victims) < 2:
+            time.sleep(0.05)
+            victims = workers_of(agent)
+            assert agent.poll() is None, f"it ended before kill {n}"
+        os.kill(draw.choice(victims), signal.SIGKILL)
+        wait_for(lambda gone=set(victims): not gone & set(workers_of(agent)))
+    assert agent.wait(timeout=300) == 0, (tmp_path / "printed").read_text()[-3000:]
+    curves = [
+        [(e["step"], e["loss"], e["grad_norm"]) for e in losses(p / "run")] for p in (tmp_path / "calm", tmp_path)
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == steps
+    truth, ours = (load_checkpoint(p / "run" / f"step-{steps}") for p in (tmp_path / "calm", tmp_path))
+    assert truth.keys() == ours.keys() and all(torch.equal(truth[k], ours[k]) for k in truth)
+
+
+def test_sigterm_saves_and_stops(tmp_path):
+    agent = start(tmp_path, "--steps", "5000", "--batch", "2")
+    wait_for(lambda: steps_done(tmp_path) > 3)
+    agent.send_signal(signal.SIGTERM)
+    agent.wait(timeout=30)
+    done = steps_done(tmp_path)
+    assert (tmp_path / "run" / f"step-{done}" / "manifest.json").is_file(), (tmp_path / "printed").read_text()[-3000:]
+    code, printed = launch(
+        "train_min.py", "--resume", "--steps", str(done + 1), "--batch", "2", "--out", str(tmp_path / "run")
+    )
+    assert code == 0 and f"from step {done}" in printed, printed
+
+
+FAULTS = """
+import os, signal, sys, time, train_min
+fault, healthy = sys.argv.pop(), train_min.learning_rate
+
+def faulty(step, args):
+    if step == 3 and os.environ["RANK"] == "1":
+        if fault == "hangs":
+            time.sleep(1000)
+        if fault == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "stops":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        raise ValueError("rank 1 has had enough")
+    return healthy(step, args)
+
+train_min.learning_rate = faulty
+train_min.run(train_min.train, train_min.parse())
+"""
+
+
+@pytest.mark.parametrize("fault, seconds, told", [
+    ("raises", 5, "rank 1 has had enough"),
+    ("dies", 5, r"(rank 1 does not answer|exitcode +: -9)"),
+    ("hangs", 12, "rank 1 does not answer"),
+    *[("stops", 45, "rank 1 does not answer")] * LONG,
+])  # fmt: skip
+def test_a_fault_ends_the_job_and_names_the_rank(fault, seconds, told, tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTS)
+    agent = start(tmp_path, "--steps", "100", "--batch", "4", "--timeout", "10", fault, script=tmp_path / "faulty.py")
+    wait_for(lambda: steps_done(tmp_path) == 3)
+    started = time.time()
+    assert agent.wait(timeout=90) != 0
+    printed, took = (tmp_path / "printed").read_text(), time.time() - started
+    assert re.search(told, printed), printed
+    assert took < seconds, f"{took:.1f} s"
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -22,10 +24,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.utils.data import DataLoader
 
-from comm import ParallelManager, split_sequence
+from comm import ParallelManager, silent_ranks, split_sequence
 from hunyuan_sp import CHECKPOINTING, HunyuanConfig, HunyuanVideo, forward_flops, init_weights, load_weights, patchify
 from sampler import DPSPBatchSampler
 
@@ -47,19 +51,20 @@ def parse(argv=None):
     p.add_argument("--width", type=int, default=256, help="video width of random latents")
     p.add_argument("--frames", type=int, default=17, help="video frames of random latents, 4k+1")
     p.add_argument("--text_tokens", type=int, default=60, help="text tokens of random latents")
-    p.add_argument("--steps", type=int, default=1000, help="optimizer steps in all, those before a resume included")
+    p.add_argument("--steps", type=int, default=900, help="optimizer steps in all, those before a resume included")
     p.add_argument("--batch", type=int, help="global batch: samples a step over all ranks (default 16; 13b: dp)")
     p.add_argument("--accumulation", type=int, default=1, help="micro-batches a step")
     p.add_argument("--lr", type=float, help="peak learning rate, then a cosine to a tenth (default 2e-3; 13b: 1e-5)")
     p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
     p.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's")
     p.add_argument("--clip", type=float, default=1.0, help="global gradient norm")
-    p.add_argument("--shift", type=float, default=3.0, help="flow shift of the noise levels; 7 for 720p x 129 frames")
+    p.add_argument("--shift", type=float, default=4.0, help="flow shift of the noise levels; 7 for 720p x 129 frames")
     p.add_argument("--guidance", type=float, default=1.0, help="guidance scale fed to models that embed it")
     p.add_argument("--caption_drop", type=float, default=0.1, help="chance of training a sample without its text")
     p.add_argument(
         "--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)"
     )
+    p.add_argument("--compile", action="store_true", help="torch.compile both sides of each block's attention")
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="compute (default bfloat16 on GPUs, float32 on CPUs)"
     )
@@ -67,8 +72,16 @@ def parse(argv=None):
     p.add_argument("--weights", help="start from this file or folder (original, diffusers or ComfyUI naming)")
     p.add_argument("--out", default="out", help="folder of checkpoints and log.jsonl")
     p.add_argument("--save_every", type=int, default=0, help="steps between checkpoints (default: only at the end)")
+    p.add_argument("--keep", type=int, default=3, help="checkpoints of this run that stay (0: all)")
     p.add_argument("--no_save", action="store_true", help="no checkpoints at all, for benchmarks")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, on any layout")
+    p.add_argument("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
+    p.add_argument(
+        "--max_skipped", type=int, default=10, help="stop after so many steps in a row without finite gradients"
+    )
+    p.add_argument(
+        "--check_every", type=int, default=100, help="steps between checks that sp ranks share their samples"
+    )
     p.add_argument("--workers", type=int, default=0, help="processes that load data, for each rank")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = p.parse_args(argv)
@@ -84,17 +97,17 @@ def parse(argv=None):
 COLOURS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1), yellow=(1, 1, 0), purple=(1, 0, 1), cyan=(0, 1, 1))
 SHAPES = ("square", "circle", "cross")
 DIRECTIONS = dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0))
-CLIP_SHAPE = (3, 4, 16, 16)
+CLIP_SHAPE = (3, 4, 12, 12)
 CAPTIONS = [f"a {c} {s} moves {d}" for c in COLOURS for s in SHAPES for d in DIRECTIONS]
 
 
 def draw_clip(caption, generator):
-    """The clip that a caption describes, [3, 4, 16, 16] in -1..1, at a random place: 2 pixels a frame."""
+    """The clip that a caption describes, [3, 4, 12, 12] in -1..1, at a random place: 2 pixels a frame."""
     _, frames, size, _ = CLIP_SHAPE
     words = caption.split()
     colour = next(COLOURS[w] for w in words if w in COLOURS)
     direction = next(DIRECTIONS[w] for w in words if w in DIRECTIONS)
-    radius, way = (2 if "small" in words else 3), 2 * (frames - 1)
+    radius, way = (1 if "small" in words else 2), 2 * (frames - 1)
     spans = [(radius + way * (d < 0), size - 1 - radius - way * (d > 0)) for d in direction]
     start = [int(torch.randint(low, high + 1, (), generator=generator)) for low, high in spans]
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
@@ -239,6 +252,7 @@ def collate(items, seed, shift, caption_drop):
         text_mask=mask,
         pooled=torch.stack(pooled),
         weight=torch.tensor([getattr(item[0], "weight", 1.0) for item in items]),
+        samples=torch.tensor([int(item[0]) for item in items]),
     )
 
 
@@ -270,6 +284,13 @@ def count_tokens(batch, patch_size):
 PEAK_TFLOPS = dict(A100=312, H100=989, H200=989, B200=2250)  # dense bf16, by the vendor's datasheets
 
 
+def replace_text(path, text):
+    """All or nothing, whenever the process is killed."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def rates(pm, seconds, tokens, flops):
     """Of one step over all ranks; tflops and the share of a known GPU's peak are per rank, peak_gib is rank 0's."""
     tflops = flops / seconds / 1e12 / pm.world_size
@@ -287,10 +308,14 @@ class Progress:
 
     def __init__(self, pm, out, steps, resumed):
         self.pm, self.steps, self.losses, self.seconds = pm, steps, [], []
-        self.log = open(Path(out) / "log.jsonl", "a" if resumed else "w") if pm.is_main else None
+        if pm.is_main:  # steps after the one resumed from are taken again
+            path = Path(out) / "log.jsonl"
+            lines = path.read_text().splitlines(True) if resumed and path.exists() else []
+            replace_text(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= resumed))
+            self.log = open(path, "a")
         self.started = self.last = time.perf_counter()
 
-    def step(self, step, loss, norm, lr, tokens, flops):
+    def step(self, step, loss, norm, lr, tokens, flops, skipped):
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         self.losses.append(loss)
@@ -298,13 +323,13 @@ class Progress:
         if not self.pm.is_main:
             return
         speed = rates(self.pm, seconds, tokens, flops)
-        self.log.write(json.dumps(dict(step=step, loss=loss, grad_norm=norm, lr=lr) | speed) + "\n")
+        self.log.write(json.dumps(dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped) | speed) + "\n")
         self.log.flush()
-        recent = self.losses[-20:]
+        recent = [loss for loss in self.losses if math.isfinite(loss)][-20:] or [math.nan]
         left = (self.steps - step) * (now - self.started) / len(self.losses)
         mfu = f" · MFU {100 * speed['mfu']:.1f} %" if "mfu" in speed else ""
         line = (
-            f"step {step}/{self.steps} · loss {sum(recent) / len(recent):.4f} · grad norm {norm:.2f} · "
+            f"step {step}/{self.steps}{' skipped' if skipped else ''} · loss {sum(recent) / len(recent):.4f} · grad norm {norm:.2f} · "
             f"{seconds:.2f} s/step · {speed['tokens_per_s']} tokens/s{mfu} · {speed['peak_gib']:.1f} GiB · "
             f"{left // 60:.0f}:{left % 60:02.0f} left"
         )
@@ -316,7 +341,7 @@ class Progress:
     def end(self):
         if not self.pm.is_main or not self.losses:
             return
-        print(curve(self.losses))
+        print(curve([loss for loss in self.losses if math.isfinite(loss)] or [0.0]))
         warm = self.seconds[min(2, len(self.seconds) - 1) :]  # the first steps compile, allocate and warm up
         print(json.dumps(rates(self.pm, *(sum(column) / len(warm) for column in zip(*warm)))), flush=True)
 
@@ -337,8 +362,45 @@ def curve(values, columns=64, rows=8):
 # the story
 
 
-def build_model(config, pm, args):
-    """On the meta device first: no rank ever holds all weights."""
+def find_start(pm, args):
+    """(path, manifest) of the checkpoint to go on from, (None, {"run": ..}) for a new run. Equal on all ranks.
+
+    run.json names the run under way in --out, and its launch: a job that torchrun restarts goes on with its own newest
+    checkpoint, never with one that an older run left in the same folder.
+    """
+    file = Path(args.out) / "run.json"
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    launch = f"process {os.getppid()}" if launch == "none" else launch
+
+    def known():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and file.exists():
+            last = json.loads(file.read_text())
+            return last["run"] if last["launch"] == launch else None
+
+    run = pm.on_main(known)
+    try:
+        start = pm.find(args.out, run) if run or args.resume else (None, dict(run=None))
+    except FileNotFoundError:
+        if not run:
+            raise
+        start = None, dict(run=run)
+    run = start[1].get("run") or pm.on_main(lambda: f"{time.time():.6f}")
+    pm.on_main(lambda: replace_text(file, json.dumps(dict(run=run, launch=launch))))
+    return start[0], start[1] | dict(run=run)
+
+
+def check_config(config, state, path):
+    """ValueError with the fields that differ from what a checkpoint was trained with."""
+    was, now = state["config"], json.loads(json.dumps(asdict(config)))
+    if wrong := [
+        f"{k}: {was.get(k)} there, {now.get(k)} here" for k in sorted({*was, *now}) if was.get(k) != now.get(k)
+    ]:
+        raise ValueError(f"{path} is of another model: {'; '.join(wrong)}")
+
+
+def build_model(config, pm, args, path=None):
+    """On the meta device first: no rank ever holds all weights. path: the checkpoint that they come from."""
     with torch.device("meta"):
         model = HunyuanVideo(config)
     dtype = (
@@ -347,15 +409,17 @@ def build_model(config, pm, args):
         else None
     )
     pm.shard(model, [*model.double_blocks, *model.single_blocks], param_dtype=dtype, shard_size=args.shard_size)
-    if args.weights:
+    if args.weights and not path:
         load_weights(model, args.weights)
-    elif not args.resume:
+    elif not path:
         init_weights(model, args.seed)
     if args.compile:
         model.compile_blocks()
     pm.optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=True
     )
+    if path:
+        pm.load(path)
     return model
 
 
@@ -389,7 +453,7 @@ def get_config(args):
 def train(args):
     config = get_config(args)
     data = build_data(config, args)
-    pm = ParallelManager(args.dp, args.sp, args.device)
+    pm = ParallelManager(args.dp, args.sp, args.device, args.timeout)
     batch_size = args.batch or (16 if args.config == "tiny" else pm.dp_size)
     sampler = DPSPBatchSampler(
         len(data), batch_size, pm.dp_rank, pm.dp_size, args.accumulation, args.seed, shapes=data.shapes
@@ -399,15 +463,13 @@ def train(args):
     loader = DataLoader(
         data, batch_sampler=sampler, collate_fn=partial(collate, **rules), num_workers=args.workers, pin_memory=pinned
     )
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    asked = catch_signals()
 
-    model, step = build_model(config, pm, args), 0
-    if args.resume:
-        state = pm.resume(args.out)
-        if HunyuanConfig.from_dict(state["config"]) != config:
-            raise ValueError(f"{args.out} was trained with {state['config']}, this is {asdict(config)}")
+    path, state = find_start(pm, args)
+    if path:
+        check_config(config, state, path)
         sampler.load_state_dict(state["sampler"])
-        step = state["step"]
+    model, step, skipped = build_model(config, pm, args, path), state.get("step", 0), 0
     if pm.is_main:
         print(
             f"{sum(p.numel() for p in model.parameters()):,} parameters on {pm.world_size} x {pm.device.type} = "
@@ -419,8 +481,8 @@ def train(args):
         while True:
             yield from loader
 
-    stream, progress, saved = batches(), Progress(pm, args.out, args.steps, args.resume), step
-    extra = dict(config=asdict(config), args=vars(args))
+    stream, progress, saved = batches(), Progress(pm, args.out, args.steps, step), step
+    extra = dict(run=state["run"], config=asdict(config), args=vars(args), layout=[pm.dp_size, pm.sp_size])
     while step < args.steps:
         micro_batches = [next(stream) for _ in range(args.accumulation)]
         count = pm.sum(sum(count_tokens(b, config.patch_size) for b in micro_batches), pm.dp_group).item()
@@ -435,22 +497,55 @@ def train(args):
             )  # the gradient rule: sums over ranks are means over tokens
             local += loss.detach()
         norm = pm.clip_grad_norm(args.clip)
+        flags = [asked["save"], asked["stop"], pm.save_ready()]
+        total, save, stop, ready = pm.sum(
+            torch.stack([local, *torch.tensor(flags, device=pm.device).to(local)])
+        ).tolist()
+        finite, lr = math.isfinite(total) and math.isfinite(norm), learning_rate(step, args)
         for group in pm.optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        pm.step()
+            group["lr"] = lr
+        pm.step(skip=not finite)  # norm and loss are sums over all ranks: all skip, or none
+        skipped = 0 if finite else skipped + 1
+        if step < 3 or step % args.check_every == 0:
+            seen = [b["samples"].tolist() for b in micro_batches]
+            pm.check_equal(
+                step=step, samples=seen, shapes=[list(b["latents"].shape) for b in micro_batches], norm=str(norm)
+            )
         sampler.advance()
         step += 1
-        report = pm.sum(local).item(), norm.item(), learning_rate(step - 1, args)
-        progress.step(step, *report, tokens=count, flops=3 * pm.sum(flops, pm.dp_group).item())
-        if not args.no_save and (step == args.steps or (args.save_every and step % args.save_every == 0)):
-            pm.save(args.out, step, extra | dict(sampler=sampler.state_dict()))
+        asked["save"] &= not save
+        total_flops = 3 * pm.sum(flops, pm.dp_group).item()
+        progress.step(step, total, norm, lr, tokens=count, flops=total_flops, skipped=not finite)
+        if skipped >= args.max_skipped:
+            raise ValueError(
+                f"{skipped} steps in a row, the last one {step}, had no finite loss and gradient (loss {total}, norm {norm}): "
+                f"the last checkpoint is {f'{args.out}/step-{saved}' if saved else 'none'}"
+            )
+        if ready == pm.world_size:
+            pm.finish_save()
+        if not args.no_save and (
+            step == args.steps or save or stop or (args.save_every and step % args.save_every == 0)
+        ):
+            pm.save(args.out, step, extra | dict(sampler=sampler.state_dict()), args.keep)
             saved = step
+        if stop:
+            break
+    pm.finish_save()
     progress.end()
     if pm.is_main:
-        print(f"saved {args.out}/step-{saved}" if saved else "nothing saved")
+        why = ", stopped by a signal" if step < args.steps else ""
+        print(f"saved {args.out}/step-{saved}{why}" if saved else f"nothing saved{why}", flush=True)
         if saved and not args.data and args.config == "tiny":
             print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
     return pm
+
+
+def catch_signals():
+    """SIGUSR1: save at the end of the step. SIGTERM (Slurm, spot hosts, torchrun): save there and stop."""
+    asked = dict(save=False, stop=False)
+    signal.signal(signal.SIGUSR1, lambda *_: asked.update(save=True))
+    signal.signal(signal.SIGTERM, lambda *_: asked.update(stop=True))
+    return asked
 
 
 def _flops(config, batch):
@@ -459,13 +554,21 @@ def _flops(config, batch):
 
 
 def run(main, args):
-    """What a user can get wrong is one sentence and status 1, on every rank."""
+    """What can go wrong for a user is one sentence and status 1, on every rank, and in the last lines of torchrun."""
     try:
         main(args).close()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        told = str(error).strip() or type(error).__name__
+        if isinstance(error, RuntimeError):
+            if not re.search(r"timed? ?out|connection|peer|nccl|gloo", told, re.I) or not dist.is_initialized():
+                raise
+            silent = silent_ranks()
+            told = f"rank {', '.join(map(str, silent)) or 'unknown'} does not answer ({told.splitlines()[0][:200]})"
         if args.debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            get_error_handler().record_exception(RuntimeError(told))
         os._exit(1)  # waiting for other ranks here would hang
 
 
