@@ -387,12 +387,18 @@ def checkpoints(folder):
     return sorted(found, key=lambda p: (read_manifest(p, "saved") or 0.0, int(p.name[5:])), reverse=True)
 
 
-def silent_ranks(seconds=1.5):
-    """Who is missing, asked when a collective has failed here: ranks that have not failed too within some seconds."""
-    store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
-    store.set(f"failed/{dist.get_rank()}", "1")
+def failed_ranks():
+    """Ranks that have said that a collective failed on them."""
+    store, attempt = dist.distributed_c10d._get_default_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    return [rank for rank in range(dist.get_world_size()) if store.check([f"failed{attempt}/{rank}"])]
+
+
+def silent_ranks(seconds=1.0):
+    """Who is missing, asked when a collective has failed here: ranks that have not said so too within some seconds."""
+    store, attempt = dist.distributed_c10d._get_default_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    store.set(f"failed{attempt}/{dist.get_rank()}", "1")
     time.sleep(seconds)
-    return [rank for rank in ranks if not store.check([f"failed/{rank}"])]
+    return sorted(set(range(dist.get_world_size())) - set(failed_ranks()))
 
 
 def write_manifest(folder, manifest):

@@ -264,14 +264,14 @@ class TextEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """vec [B, C] -> `count` tensors [B, 1, C]."""
+    """vec [B, C] -> [B, count * C], to be chunked where it is used."""
 
     def __init__(self, dim, count):
         super().__init__()
-        self.linear, self.count = nn.Linear(dim, count * dim), count
+        self.linear = nn.Linear(dim, count * dim)
 
     def forward(self, vec):
-        return self.linear(F.silu(vec))[:, None].chunk(self.count, -1)
+        return self.linear(F.silu(vec))
 
 
 class RefinerBlock(nn.Module):
@@ -331,14 +331,15 @@ class DoubleBlock(nn.Module):
         self.img_mlp, self.txt_mlp = MLP(dim, hidden, gelu), MLP(dim, hidden, gelu)
 
     def forward(self, img, txt, vec, rope, attend):
-        img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)  # shift1, scale1, gate1, shift2, scale2, gate2
+        img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
         q, k, v = self.before(img, txt, img_mod, txt_mod, rope)
         return self.after(img, txt, img_mod, txt_mod, attend(q, k, v))
 
     def before(self, img, txt, img_mod, txt_mod, rope):
         """Each stream its own q, k, v [B, S/P or L/P, H, D], joined for attention alone."""
-        img_qkv = self.img_attn_qkv(modulate(layer_norm(img), *img_mod[:2]))
-        txt_qkv = self.txt_attn_qkv(modulate(layer_norm(txt), *txt_mod[:2]))
+        (img_shift1, img_scale1), (txt_shift1, txt_scale1) = (m[:, None].chunk(6, 2)[:2] for m in (img_mod, txt_mod))
+        img_qkv = self.img_attn_qkv(modulate(layer_norm(img), img_shift1, img_scale1))
+        txt_qkv = self.txt_attn_qkv(modulate(layer_norm(txt), txt_shift1, txt_scale1))
         img_q, img_k, img_v = img_qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         txt_q, txt_k, txt_v = txt_qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         q = torch.cat((self.img_attn_q_norm(img_q), self.txt_attn_q_norm(txt_q)), 1)
@@ -348,8 +349,8 @@ class DoubleBlock(nn.Module):
     def after(self, img, txt, img_mod, txt_mod, out):
         """Each stream its own projection and MLP; out [B, (S+L)/P, C] is this rank's video, then its text."""
         img_out, txt_out = out.split((img.shape[1], txt.shape[1]), 1)
-        img_gate1, img_shift2, img_scale2, img_gate2 = img_mod[2:]
-        txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod[2:]
+        img_gate1, img_shift2, img_scale2, img_gate2 = img_mod[:, None].chunk(6, 2)[2:]
+        txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod[:, None].chunk(6, 2)[2:]
         img = img + img_gate1 * self.img_attn_proj(img_out)
         txt = txt + txt_gate1 * self.txt_attn_proj(txt_out)
         img = img + img_gate2 * self.img_mlp(modulate(layer_norm(img), img_shift2, img_scale2))
@@ -368,18 +369,20 @@ class SingleBlock(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
 
     def forward(self, x, vec, rope, attend):
-        shift, scale, gate = self.modulation(vec)
-        q, k, v, mlp = self.before(x, shift, scale, rope)
-        return self.after(x, gate, attend(q, k, v), mlp)
+        mod = self.modulation(vec)
+        q, k, v, mlp = self.before(x, mod, rope)
+        return self.after(x, mod, attend(q, k, v), mlp)
 
-    def before(self, x, shift, scale, rope):
+    def before(self, x, mod, rope):
         """One matrix product for q, k, v [B, (S+L)/P, H, D] and the MLP's input."""
+        shift, scale, _ = mod[:, None].chunk(3, 2)
         hidden, qkv_dim = self.linear1(modulate(layer_norm(x), shift, scale)), 3 * x.shape[2]
         qkv, mlp = hidden.split((qkv_dim, hidden.shape[2] - qkv_dim), 2)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, mlp
 
-    def after(self, x, gate, out, mlp):
+    def after(self, x, mod, out, mlp):
+        gate = mod[:, None].chunk(3, 2)[2]
         return x + gate * self.linear2(torch.cat((out, gelu(mlp)), 2))
 
 

@@ -468,11 +468,10 @@ def check_readme_example(pm, folder):
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
 
 
-def worker(rank, world, layout, folder):
+def worker(rank, world, layout, folder, cuda):
     """One rank: every check, its traceback in a file of its own."""
     dp, sp = map(int, layout.split("x"))
     torch.set_num_threads(1)
-    cuda = torch.cuda.device_count() >= world
     os.environ["LOCAL_RANK"] = str(rank)
     if cuda:
         torch.cuda.set_device(rank)
@@ -503,12 +502,14 @@ def layout_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
 
     @cache
-    def run(layout):
+    def run(layout, cuda):
+        world = math.prod(map(int, layout.split("x")))
         if layout != "1x1":
-            run("1x1")  # its checkpoint is what the others resume and sample
-        world = eval(layout.replace("x", "*"))
+            run("1x1", cuda)  # its checkpoint is what the others resume and sample
+        here = folder / ("cuda" if cuda else "cpu")  # other kernels, other rounding: no comparisons between the two
+        here.mkdir(exist_ok=True)
         context, started = torch.multiprocessing.get_context("spawn"), time.time()
-        ranks = [context.Process(target=worker, args=(r, world, layout, folder)) for r in range(world)]
+        ranks = [context.Process(target=worker, args=(r, world, layout, here, cuda)) for r in range(world)]
         for process in ranks:
             process.start()
         while any(p.is_alive() for p in ranks) and time.time() - started < 400:
@@ -519,9 +520,9 @@ def layout_folder(tmp_path_factory):
         for process in ranks:
             process.kill()
             process.join()
-        return folder, [p.exitcode for p in ranks]
+        return here, [p.exitcode for p in ranks]
 
-    return run
+    return lambda layout: run(layout, torch.cuda.device_count() >= math.prod(map(int, layout.split("x"))))
 
 
 @pytest.mark.parametrize("check", CHECKS)

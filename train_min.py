@@ -26,10 +26,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.utils.data import DataLoader
 
-from comm import ParallelManager, silent_ranks, split_sequence
+from comm import ParallelManager, failed_ranks, silent_ranks, split_sequence
 from hunyuan_sp import CHECKPOINTING, HunyuanConfig, HunyuanVideo, forward_flops, init_weights, load_weights, patchify
 from sampler import DPSPBatchSampler
 
@@ -543,8 +542,14 @@ def train(args):
 def catch_signals():
     """SIGUSR1: save at the end of the step. SIGTERM (Slurm, spot hosts, torchrun): save there and stop."""
     asked = dict(save=False, stop=False)
+
+    def stop(*_):
+        if failed_ranks():  # torchrun clears up after another rank: there will be no next step
+            os._exit(1)
+        asked["stop"] = True
+
     signal.signal(signal.SIGUSR1, lambda *_: asked.update(save=True))
-    signal.signal(signal.SIGTERM, lambda *_: asked.update(stop=True))
+    signal.signal(signal.SIGTERM, stop)
     return asked
 
 
@@ -567,8 +572,9 @@ def run(main, args):
         if args.debug:
             traceback.print_exc()
         print(f"error: {told}", file=sys.stderr, flush=True)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            get_error_handler().record_exception(RuntimeError(told))
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows as the cause
+            extra = dict(py_callstack=told, timestamp=str(int(time.time())))
+            Path(file).write_text(json.dumps(dict(message=dict(message=told, extraInfo=extra))))
         os._exit(1)  # waiting for other ranks here would hang
 
 
