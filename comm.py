@@ -163,8 +163,8 @@ class ParallelManager:
     """The (dp, sp) DeviceMesh of this job, sp the inner axis (neighbouring GPUs), and the engine on top of it.
 
     data_parallel_size: by default world size / sequence_parallel_size; and the other way round where that one is None.
-    device_type: "cuda" (NCCL) where there is a GPU,
-    else "cpu" (gloo). timeout: seconds until a collective that some rank never joins is an error.
+    device_type: by default "cuda" (NCCL) where there is a GPU, else "cpu" (gloo). timeout: seconds until a collective
+    that some rank never joins is an error.
     Started without torchrun, it is a world of one on the same code path. ValueError for sizes that don't multiply up.
 
     mesh, device; rank, world_size; dp_rank, dp_size, dp_group; sp_rank, sp_size, sp_group; is_main (rank 0).
@@ -225,7 +225,8 @@ class ParallelManager:
 
     def sum(self, value, group=None):
         """The sum of a number or tensor over `group` (default: all ranks)."""
-        value = torch.as_tensor(value, device=self.device).clone()
+        dtype = torch.float64 if isinstance(value, float) else None  # token counts stay exact
+        value = torch.as_tensor(value, dtype=dtype, device=self.device).clone()
         dist.all_reduce(value, group=group)
         return value
 

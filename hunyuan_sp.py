@@ -18,6 +18,7 @@ Source of all formulas: HunyuanVideo, arXiv:2412.03603. Parameter names are the 
 
 import json
 import math
+import pickle
 import re
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
@@ -715,18 +716,28 @@ def _readers(source):
             raise FileNotFoundError(f"no weights at {path}: expected a .safetensors or .pt file, or a folder with some")
         if files[0].suffix == ".safetensors":
             return {name: reader for file in files for name, reader in _open(file).items()}
-        source = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            source = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is not a file of plain tensors: {str(error).splitlines()[0]}") from None
         for key in ("module", "ema", "model", "state_dict"):
-            source = source[key] if key in source and isinstance(source[key], dict) else source
+            source = source[key] if isinstance(source, dict) and isinstance(source.get(key), dict) else source
+    if not isinstance(source, dict) or not all(torch.is_tensor(t) and t.is_floating_point() for t in source.values()):
+        raise ValueError(
+            f"weights are expected as floating-point tensors by name, got {type(source).__name__} with others"
+        )
     return {name: (list(t.shape), partial(lambda t: t, t)) for name, t in source.items()}
 
 
 def _open(file):
     try:
         handle = safe_open(file, "pt")
-        return {name: (handle.get_slice(name).get_shape(), partial(handle.get_tensor, name)) for name in handle.keys()}
+        slices = {name: handle.get_slice(name) for name in handle.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
+    if wrong := [f"{name} is {x.get_dtype()}" for name, x in slices.items() if "F" not in x.get_dtype()]:
+        raise ValueError(f"{file} has {len(wrong)} tensors that are not floating-point ({wrong[0]})")
+    return {name: (x.get_shape(), partial(handle.get_tensor, name)) for name, x in slices.items()}
 
 
 def save_weights(model, folder, naming="original", dtype=torch.bfloat16, shard_bytes=5 * 10**9):

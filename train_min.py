@@ -402,12 +402,9 @@ def build_model(config, pm, args, path=None):
     """On the meta device first: no rank ever holds all weights. path: the checkpoint that they come from."""
     with torch.device("meta"):
         model = HunyuanVideo(config)
-    dtype = (
-        torch.bfloat16
-        if (args.dtype or "bfloat16") == "bfloat16" and (args.dtype or pm.device.type == "cuda")
-        else None
-    )
-    pm.shard(model, [*model.double_blocks, *model.single_blocks], param_dtype=dtype, shard_size=args.shard_size)
+    name = args.dtype or ("bfloat16" if pm.device.type == "cuda" else "float32")
+    param_dtype = torch.bfloat16 if name == "bfloat16" else None
+    pm.shard(model, [*model.double_blocks, *model.single_blocks], param_dtype, args.shard_size)
     if args.weights and not path:
         load_weights(model, args.weights)
     elif not path:
@@ -472,7 +469,8 @@ def train(args):
     if pm.is_main:
         print(
             f"{sum(p.numel() for p in model.parameters()):,} parameters on {pm.world_size} x {pm.device.type} = "
-            f"dp {pm.dp_size} x sp {pm.sp_size}, {len(data)} samples, global batch {batch_size}, from step {step}",
+            f"dp {pm.dp_size} x sp {pm.sp_size}, {len(data)} samples, global batch {batch_size}, from step {step}"
+            + (f" of {args.steps}: nothing to do" if step >= args.steps else ""),
             flush=True,
         )
 
@@ -491,15 +489,12 @@ def train(args):
             # the mask stays on the CPU: its lengths are then known without waiting for the GPU
             batch = {k: v if k == "text_mask" else v.to(pm.device, non_blocking=True) for k, v in batch.items()}
             loss = flow_loss(model, batch, args.guidance, pm.sp_group, args.checkpointing) / count
-            pm.backward(
-                loss, last=n == args.accumulation - 1
-            )  # the gradient rule: sums over ranks are means over tokens
+            # the gradient rule: the sum over ranks of these is the mean over all tokens of the step
+            pm.backward(loss, last=n == args.accumulation - 1)
             local += loss.detach()
         norm = pm.clip_grad_norm(args.clip)
-        flags = [asked["save"], asked["stop"], pm.save_ready()]
-        total, save, stop, ready = pm.sum(
-            torch.stack([local, *torch.tensor(flags, device=pm.device).to(local)])
-        ).tolist()
+        flags = torch.tensor([asked["save"], asked["stop"], pm.save_ready()]).to(local)
+        total, save, stop, ready = pm.sum(torch.cat((local[None], flags))).tolist()
         finite, lr = math.isfinite(total) and math.isfinite(norm), learning_rate(step, args)
         for group in pm.optimizer.param_groups:
             group["lr"] = lr
@@ -507,9 +502,8 @@ def train(args):
         skipped = 0 if finite else skipped + 1
         if step < 3 or step % args.check_every == 0:
             seen = [b["samples"].tolist() for b in micro_batches]
-            pm.check_equal(
-                step=step, samples=seen, shapes=[list(b["latents"].shape) for b in micro_batches], norm=str(norm)
-            )
+            shapes = [list(b["latents"].shape) for b in micro_batches]
+            pm.check_equal(step=step, samples=seen, shapes=shapes, norm=str(norm))
         sampler.advance()
         step += 1
         asked["save"] &= not save
@@ -522,9 +516,8 @@ def train(args):
             )
         if ready == pm.world_size:
             pm.finish_save()
-        if not args.no_save and (
-            step == args.steps or save or stop or (args.save_every and step % args.save_every == 0)
-        ):
+        due = step == args.steps or (args.save_every and step % args.save_every == 0)
+        if not args.no_save and (due or save or stop):
             pm.save(args.out, step, extra | dict(sampler=sampler.state_dict()), args.keep)
             saved = step
         if stop:
