@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import hunyuan_sp
@@ -719,6 +720,38 @@ def test_each_sample_is_as_if_alone():
         close(model(**{k: v[b : b + 1] for k, v in inputs.items()}), whole[b : b + 1])
     inputs["text"][1, 1:] = 1e3  # padding influences nothing, to the last bit
     assert torch.equal(model(**inputs), whole)
+
+
+class CountAttention(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += "scaled_dot_product" in op.name() and "backward" not in op.name()
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("checkpointing, runs", [("none", 1), ("attention", 1), ("full", 2)])
+def test_checkpointing_keeps_attention(checkpointing, runs):
+    """Of each block: `full` computes attention again in backward, `attention` does not."""
+    model, inputs = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (3, 3))
+    with CountAttention() as counter:
+        model(**inputs, checkpointing=checkpointing).sum().backward()
+    assert counter.count == CONFIG.refiner_depth + runs * (CONFIG.double_depth + CONFIG.single_depth)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile on CPUs needs a C++ compiler"
+)
+def test_compiled_blocks_have_the_same_gradients():
+    model, compiled = random_model(CONFIG), random_model(CONFIG)
+    compiled.compile_blocks()
+    inputs = random_inputs(CONFIG, *CASES["ragged"])
+    truth = model(**inputs)
+    grads = [
+        torch.autograd.grad(m(**inputs, checkpointing="attention"), [*m.parameters()], truth) for m in (model, compiled)
+    ]
+    for a, b in zip(*grads):
+        close(b, a)
 
 
 def test_13b_is_the_release():
