@@ -61,7 +61,7 @@ from sampler import DPSPBatchSampler, SampleIndex
 HERE = Path(__file__).parent
 LAYOUTS = os.environ.get("LAYOUTS", "1x1 1x2 2x1 1x3 2x2 1x4 1x5").split()
 LONG = bool(os.environ.get("LONG"))  # what does not fit into ten minutes
-KILLS = 50 if LONG else 2
+KILLS, STEPS = (50, 50) if LONG else (2, 8)
 # 5 heads divide by no sp but 1 and 5; more channels in than out, as in image-to-video
 CONFIG = HunyuanConfig(5, (2, 2, 4), 256.0, 2, 2, 1, 2.0, 5, 4, (1, 2, 2), 12, 6, True)
 GOLDEN = HunyuanConfig(6, (2, 2, 4), 256.0, 2, 2, 2, 2.0, 8, 8, (1, 2, 2), 40, 24, True)
@@ -233,7 +233,7 @@ class Ragged:
 
 def check_three_steps(pm, folder):
     """AdamW, clipping and accumulation under FSDP2 and HSDP: equal to one device on the whole batch, weight by weight,
-    after 3 steps at every setting and after 50 at the first."""
+    after 3 steps at every setting and after STEPS at the first."""
     config = replace(CONFIG, in_channels=4)
     collate = partial(train_min.collate, seed=0, shift=3.0, caption_drop=0.3)
 
@@ -250,7 +250,7 @@ def check_three_steps(pm, folder):
     truth = random_model(config, pm.device)
     optimizer, stream, losses, norms = torch.optim.AdamW(truth.parameters(), weight_decay=0.1), batches(0, 1, 1), [], []
     weights = {}
-    for step in range(50):
+    for step in range(STEPS):
         (batch,) = next(stream)
         error = truth(**{k: batch[k] for k in ("latents", "timestep", "text", "text_mask", "pooled")},
                       guidance=torch.full_like(batch["timestep"], 1000.0)) - batch["target"]  # fmt: skip
@@ -261,14 +261,14 @@ def check_three_steps(pm, folder):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        weights[step] = [p.detach().clone() for p in truth.parameters()] if step in (2, 49) else None
+        weights[step] = [p.detach().clone() for p in truth.parameters()] if step in (2, STEPS - 1) else None
 
     settings = [
         (size, a, True, c) for size in {pm.world_size, pm.sp_size, 1} for a, c in ((1, "none"), (2, "attention"))
     ]
     settings += [(pm.world_size, 1, False, "full")]
     for n, (shard_size, accumulation, reshard, checkpointing) in enumerate(settings):
-        last = 2 if n else 49
+        last = 2 if n else STEPS - 1
         model = random_model(config, pm.device)
         blocks = [*model.double_blocks, *model.single_blocks]
         pm.shard(model, blocks, shard_size=shard_size, reshard_after_forward=reshard)
@@ -1175,7 +1175,7 @@ def steps_done(tmp_path):
 
 def test_kill_a_random_rank_and_go_on(tmp_path):
     """kill -9 at random moments under --max-restarts: losses and final weights equal an undisturbed run's, bit for bit."""
-    steps = 12 + 4 * KILLS
+    steps = 20 + 15 * KILLS
     flags = ["--steps", str(steps), "--batch", "4", "--sp", "2", "--save_every", "2"]
     (tmp_path / "calm").mkdir()
     assert start(tmp_path / "calm", *flags).wait(timeout=300) == 0
@@ -1183,8 +1183,9 @@ def test_kill_a_random_rank_and_go_on(tmp_path):
         start(tmp_path, *flags, agent=[f"--max-restarts={KILLS}", "--monitor-interval=0.1"]),
         random.Random(KILLS),
     )
+    wait_for(lambda: list((tmp_path / "run").glob("step-*")))
     for n in range(KILLS):
-        until = time.time() + draw.uniform(3, 7)  # anywhere: at start, in a step, in a save
+        until = time.time() + draw.uniform(3, 7) * (n > 0)  # anywhere: at start, in a step, in a save
         victims = []
         while time.time() < until or len(victims) < 2:
             time.sleep(0.05)
@@ -1193,6 +1194,7 @@ def test_kill_a_random_rank_and_go_on(tmp_path):
         os.kill(draw.choice(victims), signal.SIGKILL)
         wait_for(lambda gone=set(victims): not gone & set(workers_of(agent)))
     assert agent.wait(timeout=300) == 0, (tmp_path / "printed").read_text()[-3000:]
+    assert re.search("from step [1-9]", (tmp_path / "printed").read_text()), "it started from scratch"
     curves = [
         [(e["step"], e["loss"], e["grad_norm"]) for e in losses(p / "run")] for p in (tmp_path / "calm", tmp_path)
     ]
