@@ -1203,9 +1203,13 @@ def test_kill_a_random_rank_and_go_on(tmp_path):
     assert truth.keys() == ours.keys() and all(torch.equal(truth[k], ours[k]) for k in truth)
 
 
-def test_sigterm_saves_and_stops(tmp_path):
+def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path):
     agent = start(tmp_path, "--steps", "5000", "--batch", "2")
     wait_for(lambda: steps_done(tmp_path) > 3)
+    os.kill(workers_of(agent)[1], signal.SIGUSR1)  # one rank is told, all save
+    wait_for(lambda: list((tmp_path / "run").glob("step-*/manifest.json")))
+    after = steps_done(tmp_path)
+    wait_for(lambda: steps_done(tmp_path) > after)
     agent.send_signal(signal.SIGTERM)
     agent.wait(timeout=30)
     done = steps_done(tmp_path)
