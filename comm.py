@@ -296,11 +296,11 @@ class ParallelManager:
         def complete():
             write_manifest(temporary, dict(manifest, saved=time.time(), files=files))
             if final.exists():
-                shutil.rmtree(final)
+                remove(final)
             os.rename(temporary, final)
             mine = [p for p in checkpoints(final.parent) if read_manifest(p, "run") == manifest.get("run")]
             for path in [p for p in mine if not p.is_symlink()][keep:] if keep else []:
-                shutil.rmtree(path)
+                remove(path)
 
         self.on_main(complete)
 
@@ -386,6 +386,14 @@ def checkpoints(folder):
     """The step-N folders in `folder`, the one completed last first."""
     found = [p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
     return sorted(found, key=lambda p: (read_manifest(p, "saved") or 0.0, int(p.name[5:])), reverse=True)
+
+
+def remove(checkpoint):
+    """Delete a step-N folder; killed halfway, it leaves nothing behind that is called so."""
+    leaving = checkpoint.with_name(f"tmp-{checkpoint.name}-leaving")
+    shutil.rmtree(leaving, ignore_errors=True)
+    os.rename(checkpoint, leaving)
+    shutil.rmtree(leaving)
 
 
 def failed_ranks():

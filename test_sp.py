@@ -40,7 +40,16 @@ from torch.utils.data import DataLoader
 import hunyuan_sp
 import infer_min
 import train_min
-from comm import ParallelManager, all_to_all, gather_sequence, split_sequence, split_sizes
+from comm import (
+    ParallelManager,
+    all_to_all,
+    checkpoints,
+    checksum,
+    gather_sequence,
+    read_manifest,
+    split_sequence,
+    split_sizes,
+)
 from hunyuan_sp import (  # fmt: skip
     CHECKPOINTING,
     HunyuanConfig,
@@ -1201,6 +1210,31 @@ def test_kill_a_random_rank_and_go_on(tmp_path):
     assert curves[0] == curves[1] and len(curves[0]) == steps
     truth, ours = (load_checkpoint(p / "run" / f"step-{steps}") for p in (tmp_path / "calm", tmp_path))
     assert truth.keys() == ours.keys() and all(torch.equal(truth[k], ours[k]) for k in truth)
+
+
+def test_kill_inside_a_save(tmp_path):
+    """What was saved before stays, what is called step-N is whole, and the next run goes on from it."""
+    run, draw, newest, inside = tmp_path / "run", random.Random(1), 0, 0
+    for n in range(KILLS):
+        flags = ["--device", "cpu", "--steps", "9999", "--batch", "1", "--save_every", "1", "--out", str(run)]
+        command = [sys.executable, "train_min.py", *flags, *["--resume"] * (n > 0)]
+        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL)
+        wait_for(lambda before=newest: max(map(step_of, run.glob("step-*")), default=0) > before)
+        wait_for(lambda: list(run.glob("tmp-step-*")))
+        time.sleep(draw.uniform(0, 0.05))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        inside += any(p.name[9:].isdigit() for p in run.glob("tmp-step-*"))
+        for path in checkpoints(run):
+            files = read_manifest(path)["files"]
+            assert files == {p.name: checksum(p) for p in path.glob("*.safetensors")}
+        last, newest = newest, step_of(checkpoints(run)[0])
+        assert newest > last
+    assert inside > KILLS // 4, "hardly a kill fell into a save"
+
+
+def step_of(path):
+    return int(path.name.rpartition("-")[2])
 
 
 def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path):
