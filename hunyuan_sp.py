@@ -729,12 +729,17 @@ def _readers(source):
     return {name: (list(t.shape), partial(lambda t: t, t)) for name, t in source.items()}
 
 
-def _open(file):
+def open_safetensors(file):
+    """A safetensors file opened for reading; ValueError, one sentence, if it is none."""
     try:
-        handle = safe_open(file, "pt")
-        slices = {name: handle.get_slice(name) for name in handle.keys()}
+        return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
+
+
+def _open(file):
+    handle = open_safetensors(file)
+    slices = {name: handle.get_slice(name) for name in handle.keys()}
     if wrong := [f"{name} is {x.get_dtype()}" for name, x in slices.items() if "F" not in x.get_dtype()]:
         raise ValueError(f"{file} has {len(wrong)} tensors that are not floating-point ({wrong[0]})")
     return {name: (x.get_shape(), partial(handle.get_tensor, name)) for name, x in slices.items()}

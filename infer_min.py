@@ -18,7 +18,16 @@ import torch
 from safetensors.torch import save_file
 
 from comm import ParallelManager
-from hunyuan_sp import NAMINGS, HunyuanConfig, HunyuanVideo, forward_flops, init_weights, load_weights, save_weights
+from hunyuan_sp import (
+    NAMINGS,
+    HunyuanConfig,
+    HunyuanVideo,
+    forward_flops,
+    init_weights,
+    load_weights,
+    open_safetensors,
+    save_weights,
+)
 from train_min import (
     CAPTIONS,
     CLIP_SHAPE,
@@ -28,7 +37,6 @@ from train_min import (
     embed_text,
     get_config,
     guidance_input,
-    opened,
     rates,
     run,
     seeded,
@@ -189,7 +197,7 @@ def read_prompts(args, config):
     """[(title, (text, pooled))], and the negative one."""
 
     def read(file):
-        with opened(file) as handle:
+        with open_safetensors(file) as handle:
             return handle.get_tensor("text").float(), handle.get_tensor("pooled").float()
 
     def embed(prompt):

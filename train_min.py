@@ -25,11 +25,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 
 from comm import ParallelManager, failed_ranks, silent_ranks, split_sequence
-from hunyuan_sp import CHECKPOINTING, HunyuanConfig, HunyuanVideo, forward_flops, init_weights, load_weights, patchify
+from hunyuan_sp import (
+    CHECKPOINTING,
+    HunyuanConfig,
+    HunyuanVideo,
+    forward_flops,
+    init_weights,
+    load_weights,
+    open_safetensors,
+    patchify,
+)
 from sampler import DPSPBatchSampler
 
 
@@ -183,14 +191,6 @@ class RandomLatents:
         )
 
 
-def opened(file):
-    """A safetensors file, or one sentence about why it is none."""
-    try:
-        return safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
-
-
 class Folder:
     """One .safetensors a sample: latents [C, T, h, w] (already times the VAE's 0.476986), text [L, 4096], pooled [768]."""
 
@@ -201,7 +201,7 @@ class Folder:
         self.config, self.shapes = config, []
         for file in self.files:
             shapes = {}
-            with opened(file) as handle:
+            with open_safetensors(file) as handle:
                 for name in handle.keys():
                     shapes[name] = handle.get_slice(name).get_shape()
             latents, text, pooled = (shapes.get(name, []) for name in ("latents", "text", "pooled"))
@@ -218,7 +218,7 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, i):
-        with opened(self.files[i]) as handle:
+        with open_safetensors(self.files[i]) as handle:
             return i, *(handle.get_tensor(name).float() for name in ("latents", "text", "pooled"))
 
 
