@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.profiler import record_function
 
 # --------------------------------------------------------------------------------------------------------------------
 # sizes are pure functions of (length, ranks): no rank ever asks another one for a shape
@@ -101,6 +102,7 @@ class _AllToAll(torch.autograd.Function):
         return (None,) * 5 + _exchange(grads, *ctx.transpose)
 
 
+@record_function("all_to_all")  # its name in profiles
 def _exchange(xs, group, scatter_dim, gather_dim, scatter_sizes, gather_sizes):
     """On the wire the outer of the two dims comes first: what arrives along it is in order already, one copy each way."""
     outer, inner = sorted((scatter_dim, gather_dim))

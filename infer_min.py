@@ -33,6 +33,7 @@ from train_min import (
     CLIP_SHAPE,
     COLOURS,
     DIRECTIONS,
+    Profile,
     RandomLatents,
     embed_text,
     get_config,
@@ -59,6 +60,8 @@ def parse(argv=None):
     p.add_argument("--sp", type=int, help="ranks that share a clip (default: all)")
     p.add_argument("--shard", action="store_true", help="FSDP2, for weights that do not fit one GPU")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    p.add_argument("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
+    p.add_argument("--profile", action="store_true", help="a Chrome trace of the last step, OUTPUT-trace-RANK.json.gz")
     p.add_argument("--compile", action="store_true", help="torch.compile both sides of each block's attention")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, float32 on CPUs")
     p.add_argument("--height", type=int, default=256, help="of the video, for models over VAE latents")
@@ -176,7 +179,7 @@ def build_model(pm, args):
         config = get_config(args)
     dtype = getattr(torch, args.dtype or ("bfloat16" if pm.device.type == "cuda" else "float32"))
     with torch.device("meta"):
-        model = HunyuanVideo(config).requires_grad_(False)
+        model = HunyuanVideo(config, args.attention).requires_grad_(False)
     if args.shard:
         pm.shard(model, [*model.double_blocks, *model.single_blocks], None if dtype == torch.float32 else dtype)
     else:
@@ -225,8 +228,9 @@ def infer(args):
 
     prompts, negative = read_prompts(args, config)
     shape = RandomLatents(config, args.height, args.width, args.frames, 1).shape if big else CLIP_SHAPE
-    shift, cfg = args.shift or (7.0 if big else 4.0), args.cfg or (1.0 if big else 2.0)
+    shift, cfg = args.shift or (7.0 if big else 4.0), args.cfg
     seconds, right = [], [0, 0, 0]
+    looked = Profile(pm, args.profile and f"{args.output}-trace") if args.profile or big else None
     for first in range(0, len(prompts), pm.dp_size):
         n = min(
             first + pm.dp_rank, len(prompts) - 1
@@ -235,7 +239,7 @@ def infer(args):
         noise = torch.randn((1, *shape), generator=seeded("sample", args.seed, n)).to(pm.device)
         text, pooled = text.to(pm.device), pooled.to(pm.device)
         away = ([negative[0].to(pm.device)], negative[1].to(pm.device)[None])
-        clock = Clock(pm, seconds)
+        clock = Clock(pm, seconds, looked if first == 0 else None, args.steps)
         clip = sample(
             model,
             noise,
@@ -263,17 +267,21 @@ def infer(args):
     elif pm.is_main and big:
         video = shape[1] * shape[2] * shape[3] // 4
         forward = forward_flops(config, video, len(text)) * (1 + (cfg > 1))
-        warm = sorted(seconds[2:] or seconds)
-        print(json.dumps(rates(pm, warm[len(warm) // 2], video, forward) | dict(fastest=round(warm[0], 4))), flush=True)
+        timed = (
+            seconds[2 : args.steps - 1] or seconds[: args.steps - 1] or seconds
+        )  # of the first clip; its last step was looked into
+        speed = rates(pm, sorted(timed)[len(timed) // 2], video, forward)
+        print(json.dumps(speed | looked.shares | dict(fastest=round(min(timed), 4))), flush=True)
     return pm
 
 
 class Clock:
-    """Seconds of each step, as the wall sees them."""
+    """Seconds of each step, as the wall sees them; the last one may be looked into."""
 
-    def __init__(self, pm, seconds):
-        self.pm, self.seconds = pm, seconds
+    def __init__(self, pm, seconds, looked, steps):
+        self.pm, self.seconds, self.looked, self.left = pm, seconds, looked, steps
         self.last = self.now()
+        self.look()
 
     def now(self):
         if self.pm.device.type == "cuda":
@@ -283,7 +291,15 @@ class Clock:
     def tick(self):
         now = self.now()
         self.seconds.append(now - self.last)
-        self.last = now
+        self.left -= 1
+        self.look()
+        self.last = self.now()
+
+    def look(self):
+        if self.looked and self.left == 1:
+            self.looked.start()
+        if self.looked and self.left == 0:
+            self.looked.stop()
 
 
 def show(clip, title, name, quiet):

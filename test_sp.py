@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
@@ -729,6 +730,86 @@ def test_each_sample_is_as_if_alone():
         close(model(**{k: v[b : b + 1] for k, v in inputs.items()}), whole[b : b + 1])
     inputs["text"][1, 1:] = 1e3  # padding influences nothing, to the last bit
     assert torch.equal(model(**inputs), whole)
+
+
+def math_fa4(monkeypatch):
+    """Install FlashAttention-4's two functions, as 4.0.0b36 has them, in plain torch; the calls of forward."""
+    calls, module = [], types.ModuleType("flash_attn.cute.interface")
+
+    def forward(q, k, v, return_lse):
+        calls.append(q.shape)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+        out = (scores.softmax(3) @ v).transpose(1, 2).contiguous()
+        return out, scores.logsumexp(3).float() if return_lse else None, None, None, None
+
+    def backward(q, k, v, out, dout, lse):
+        assert lse.shape == (q.shape[0], q.shape[2], q.shape[1]) and dout.is_contiguous()
+        with torch.enable_grad():
+            qkv = [x.detach().requires_grad_() for x in (q, k, v)]
+            again = forward(*qkv, False)[0]
+        calls.pop()
+        assert torch.equal(again, out)
+        return torch.autograd.grad(again, qkv, dout)
+
+    module._flash_attn_fwd, module._flash_attn_bwd = forward, backward
+    for package in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+@pytest.mark.parametrize("checkpointing, runs", [("none", 1), ("attention", 1), ("full", 2)])
+def test_fa4_is_attention(checkpointing, runs, monkeypatch):
+    """Same output and gradients as sdpa, through the blocks; `attention` checkpointing keeps what it gave."""
+
+    def gpu(major, minor):
+        found = dict(is_available=lambda: major > 0, get_device_capability=lambda: (major, minor))
+        return mock.patch.multiple(torch.cuda, **found)
+
+    model, inputs, calls = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (3, 2)), math_fa4(monkeypatch)
+    with gpu(9, 0):
+        model.attention = hunyuan_sp.attention_kernel("fa4")
+    out = model(**inputs, checkpointing=checkpointing)
+    assert len(calls) == 2 * 4  # of each of 2 samples, as their texts differ; the refiner uses sdpa
+    grads = torch.autograd.grad(out.square().sum(), [*model.parameters()])
+    assert len(calls) == runs * 2 * 4
+    model.attention = hunyuan_sp.sdpa
+    truth = model(**inputs)
+    close(out, truth)
+    for ours, true in zip(grads, torch.autograd.grad(truth.square().sum(), [*model.parameters()])):
+        close(ours, true)
+
+    for major, minor, told in ((8, 6, "capability 9 or 10, this one has 8.6"), (0, 0, "9 or 10, there is none here")):
+        with gpu(major, minor), pytest.raises(ValueError, match=told):
+            HunyuanVideo(CONFIG, attention="fa4")
+    with pytest.raises(ValueError, match="'fa5' is none of sdpa, fa4"):
+        HunyuanVideo(CONFIG, attention="fa5")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ValueError, match="needs FlashAttention-4"):
+        HunyuanVideo(CONFIG, attention="fa4")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention-4 needs a GPU")
+def test_fa4_on_this_gpu():
+    """The real kernels, bf16, at the model's head size and a length that does not divide by their tiles."""
+    pytest.importorskip("flash_attn.cute.interface")
+    kernel = hunyuan_sp.attention_kernel("fa4")
+    qkv = [torch.randn(2, 1003, 3, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    cotangent = torch.randn(2, 1003, 3, 128, device="cuda", dtype=torch.bfloat16)
+    both = []
+    for attend in (kernel, hunyuan_sp.sdpa):
+        out = attend(*qkv)
+        both.append([out, *torch.autograd.grad(out, qkv, cotangent)])
+    for ours, truth in zip(*both):
+        assert (ours - truth).float().norm() < 1e-2 * truth.float().norm()
+
+
+def test_shares_of_a_profile():
+    """Ten units of time: attention 0-4, a collective 3-6 and 8-9, nothing 6-8, linears 9-10."""
+    spans = [(0, 4, False), (3, 6, True), (8, 9, True), (9, 10, False)]
+    assert train_min.shares(spans) == dict(collectives=0.4, exposed=0.3, idle=0.2)
+    assert train_min.shares([]) == {}
 
 
 class CountAttention(TorchDispatchMode):

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from comm import ParallelManager, failed_ranks, silent_ranks, split_sequence
@@ -71,7 +73,10 @@ def parse(argv=None):
     p.add_argument(
         "--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)"
     )
+    p.add_argument("--no_reshard", action="store_true", help="keep weights whole from forward to backward (as ZeRO-2)")
+    p.add_argument("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
     p.add_argument("--compile", action="store_true", help="torch.compile both sides of each block's attention")
+    p.add_argument("--profile", action="store_true", help="a Chrome trace of the last step, OUT/trace-RANK.json.gz")
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="compute (default bfloat16 on GPUs, float32 on CPUs)"
     )
@@ -291,7 +296,7 @@ def replace_text(path, text):
 
 
 def rates(pm, seconds, tokens, flops):
-    """Of one step over all ranks; tflops and the share of a known GPU's peak are per rank, peak_gib is rank 0's."""
+    """Of one step over all ranks; tflops and the share of a known GPU's peak are per rank, memory is rank 0's."""
     tflops = flops / seconds / 1e12 / pm.world_size
     report = dict(s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds), tflops_per_rank=round(tflops, 4))
     if pm.device.type != "cuda":
@@ -299,7 +304,47 @@ def rates(pm, seconds, tokens, flops):
     name = torch.cuda.get_device_name(pm.device)
     peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)
     mfu = dict(mfu=round(tflops / peak, 4)) if peak else {}
-    return report | mfu | dict(peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2))
+    memory = dict(peak_gib=torch.cuda.max_memory_allocated(), resident_gib=torch.cuda.memory_allocated())
+    return report | mfu | {name: round(value / 2**30, 2) for name, value in memory.items()}
+
+
+class Profile:
+    """One step under torch's profiler: for `path` a Chrome trace; and how its time on the GPU was shared."""
+
+    def __init__(self, pm, path=None):
+        self.pm, self.path, self.shares = pm, path, {}
+        gpu = [ProfilerActivity.CUDA] * (pm.device.type == "cuda")
+        self.profiler = profile(activities=gpu + [ProfilerActivity.CPU] * bool(path)) if gpu or path else None
+
+    def start(self):
+        if self.profiler:
+            self.profiler.start()
+
+    def stop(self):
+        if not self.profiler:
+            return
+        self.profiler.stop()
+        kernels = [e for e in self.profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        self.shares = shares([(e.time_range.start, e.time_range.end, "nccl" in e.name.lower()) for e in kernels])
+        if self.path:
+            self.profiler.export_chrome_trace(f"{self.path}-{self.pm.rank}.json.gz")
+
+
+def shares(spans):
+    """Kernels (start, end, is_collective) -> shares of the time from first to last: collectives, those with nothing
+    beside them (exposed), nothing at all (idle)."""
+    if not spans:
+        return {}
+    edges = sorted([(start, 1, kind) for start, _, kind in spans] + [(end, -1, kind) for _, end, kind in spans])
+    running, totals, last = [0, 0], {}, edges[0][0]
+    for now, change, kind in edges:
+        state = (running[0] > 0, running[1] > 0)
+        totals[state] = totals.get(state, 0) + now - last
+        running[kind] += change
+        last = now
+    exposed, beside, idle = (totals.get(state, 0) for state in ((False, True), (True, True), (False, False)))
+    named = dict(collectives=exposed + beside, exposed=exposed, idle=idle)
+    return {name: round(part / sum(totals.values()), 4) for name, part in named.items()}
 
 
 class Progress:
@@ -337,12 +382,14 @@ class Progress:
         elif step % max(1, self.steps // 20) == 0 or step == self.steps or len(self.losses) == 1:
             print(line, flush=True)
 
-    def end(self):
+    def end(self, looked):
         if not self.pm.is_main or not self.losses:
             return
         print(curve([loss for loss in self.losses if math.isfinite(loss)] or [0.0]))
-        warm = self.seconds[min(2, len(self.seconds) - 1) :]  # the first steps compile, allocate and warm up
-        print(json.dumps(rates(self.pm, *(sum(column) / len(warm) for column in zip(*warm)))), flush=True)
+        timed = self.seconds[:-1] or self.seconds if looked else self.seconds
+        warm = timed[min(2, len(timed) - 1) :]  # the first steps compile, allocate and warm up
+        speed = rates(self.pm, *(sum(column) / len(warm) for column in zip(*warm)))
+        print(json.dumps(speed | (looked.shares if looked else {})), flush=True)
 
 
 def curve(values, columns=64, rows=8):
@@ -401,10 +448,10 @@ def check_config(config, state, path):
 def build_model(config, pm, args, path=None):
     """On the meta device first: no rank ever holds all weights. path: the checkpoint that they come from."""
     with torch.device("meta"):
-        model = HunyuanVideo(config)
+        model = HunyuanVideo(config, args.attention)
     name = args.dtype or ("bfloat16" if pm.device.type == "cuda" else "float32")
     param_dtype = torch.bfloat16 if name == "bfloat16" else None
-    pm.shard(model, [*model.double_blocks, *model.single_blocks], param_dtype, args.shard_size)
+    pm.shard(model, [*model.double_blocks, *model.single_blocks], param_dtype, args.shard_size, not args.no_reshard)
     if args.weights and not path:
         load_weights(model, args.weights)
     elif not path:
@@ -478,9 +525,14 @@ def train(args):
         while True:
             yield from loader
 
+    big = isinstance(data, RandomLatents)
     stream, progress, saved = batches(), Progress(pm, args.out, args.steps, step), step
     extra = dict(run=state["run"], config=asdict(config), args=vars(args), layout=[pm.dp_size, pm.sp_size])
+    # a benchmark looks into its last step, which then does not count
+    looked = Profile(pm, args.profile and f"{args.out}/trace") if args.profile or big else None
     while step < args.steps:
+        if looked and step == args.steps - 1:
+            looked.start()
         micro_batches = [next(stream) for _ in range(args.accumulation)]
         count = pm.sum(sum(count_tokens(b, config.patch_size) for b in micro_batches), pm.dp_group).item()
         flops = sum(b["weight"].sum().item() * _flops(config, b) for b in micro_batches)
@@ -508,6 +560,8 @@ def train(args):
         step += 1
         asked["save"] &= not save
         total_flops = 3 * pm.sum(flops, pm.dp_group).item()
+        if looked and step == args.steps:
+            looked.stop()
         progress.step(step, total, norm, lr, tokens=count, flops=total_flops, skipped=not finite)
         if skipped >= args.max_skipped:
             raise ValueError(
@@ -523,7 +577,7 @@ def train(args):
         if stop:
             break
     pm.finish_save()
-    progress.end()
+    progress.end(looked)
     if pm.is_main:
         why = ", stopped by a signal" if step < args.steps else ""
         print(f"saved {args.out}/step-{saved}{why}" if saved else f"nothing saved{why}", flush=True)
