@@ -531,9 +531,11 @@ class HunyuanVideo(nn.Module):
 
     def compile_blocks(self):
         """torch.compile on each side of attention: whole graphs, nothing of ranks in them, the same for all blocks."""
+        # with this fusion torch 2.11 gets modulation's gradients, sums over many tokens, wrong or NaN
+        options = {"triton.mix_order_reduction": False}
         for block in (*self.double_blocks, *self.single_blocks):
-            block.before = torch.compile(block.before, fullgraph=True)
-            block.after = torch.compile(block.after, fullgraph=True)
+            block.before = torch.compile(block.before, fullgraph=True, options=options)
+            block.after = torch.compile(block.after, fullgraph=True, options=options)
 
     def _rope(self, grid, video, text, group, device):
         """The rows of this rank's video tokens, then no rotation for its text tokens."""

@@ -351,7 +351,7 @@ class Progress:
     """One line that updates in place, one JSON line a step in log.jsonl, and a curve at the end. Only rank 0 speaks."""
 
     def __init__(self, pm, out, steps, resumed):
-        self.pm, self.steps, self.losses, self.seconds = pm, steps, [], []
+        self.pm, self.steps, self.losses, self.seconds, self.skipped = pm, steps, [], [], 0
         if pm.is_main:  # steps after the one resumed from are taken again
             path = Path(out) / "log.jsonl"
             lines = path.read_text().splitlines(True) if resumed and path.exists() else []
@@ -364,6 +364,7 @@ class Progress:
         seconds, self.last = now - self.last, now
         self.losses.append(loss)
         self.seconds.append((seconds, tokens, flops))
+        self.skipped += skipped
         if not self.pm.is_main:
             return
         speed = rates(self.pm, seconds, tokens, flops)
@@ -389,7 +390,7 @@ class Progress:
         timed = self.seconds[:-1] or self.seconds if looked else self.seconds
         warm = timed[min(2, len(timed) - 1) :]  # the first steps compile, allocate and warm up
         speed = rates(self.pm, *(sum(column) / len(warm) for column in zip(*warm)))
-        print(json.dumps(speed | (looked.shares if looked else {})), flush=True)
+        print(json.dumps(speed | (looked.shares if looked else {}) | dict(skipped=self.skipped)), flush=True)
 
 
 def curve(values, columns=64, rows=8):
