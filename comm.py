@@ -301,7 +301,7 @@ class ParallelManager:
                 remove(final)
             os.rename(temporary, final)
             mine = [p for p in checkpoints(final.parent) if read_manifest(p, "run") == manifest.get("run")]
-            for path in [p for p in mine if not p.is_symlink()][keep:] if keep else []:
+            for path in mine[keep:] if keep else []:
                 remove(path)
 
         self.on_main(complete)
@@ -385,8 +385,9 @@ class ParallelManager:
 
 
 def checkpoints(folder):
-    """The step-N folders in `folder`, the one completed last first."""
+    """The step-N folders in `folder`, the one completed last first; never a link that leads out of it."""
     found = [p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+    found = [p for p in found if not p.is_symlink()]
     return sorted(found, key=lambda p: (read_manifest(p, "saved") or 0.0, int(p.name[5:])), reverse=True)
 
 
@@ -407,9 +408,12 @@ def failed_ranks():
 def silent_ranks(seconds=1.0):
     """Who is missing, asked when a collective has failed here: ranks that have not said so too within some seconds."""
     store, attempt = dist.distributed_c10d._get_default_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    store.set(f"failed{attempt}/{dist.get_rank()}", "1")
-    time.sleep(seconds)
-    return sorted(set(range(dist.get_world_size())) - set(failed_ranks()))
+    try:
+        store.set(f"failed{attempt}/{dist.get_rank()}", "1")
+        time.sleep(seconds)
+        return sorted(set(range(dist.get_world_size())) - set(failed_ranks()))
+    except dist.DistError:  # without torchrun the store is rank 0's, and gone with it
+        return [0]
 
 
 def write_manifest(folder, manifest):

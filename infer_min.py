@@ -11,6 +11,7 @@ All ranks share each clip unless --sp says otherwise. The same seed gives the sa
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from train_min import (
     DIRECTIONS,
     Profile,
     RandomLatents,
+    check_flags,
     embed_text,
     get_config,
     guidance_input,
@@ -201,6 +203,12 @@ def read_prompts(args, config):
 
     def read(file):
         with open_safetensors(file) as handle:
+            found = {name: handle.get_slice(name).get_shape() for name in handle.keys()}
+            text = found.get("text", [])
+            if text[1:] != [config.text_dim] or text[0] < 1 or found.get("pooled") != [config.pooled_dim]:
+                raise ValueError(
+                    f"{file} holds {found}, expected text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
+                )
             return handle.get_tensor("text").float(), handle.get_tensor("pooled").float()
 
     def embed(prompt):
@@ -217,10 +225,12 @@ def read_prompts(args, config):
 
 
 def infer(args):
+    check_flags(args, steps=(1, math.inf), score=(1, math.inf), shift=(1e-9, math.inf), cfg=(0.0, math.inf))
     pm = ParallelManager(args.dp, args.sp, args.device)
     model = build_model(pm, args)
     config, big = model.config, model.config.out_channels != 3
     if args.export:
+        pm.on_main(lambda: Path(args.export).mkdir(parents=True, exist_ok=True))
         save_weights(model, args.export, args.naming)
         if pm.is_main:
             print(f"wrote {args.export} in {args.naming} naming")

@@ -211,6 +211,26 @@ def check_bfloat16(pm, folder):
     assert (ours - truth).norm() <= 2e-2 * truth.norm()
 
 
+def check_activation_memory(pm, folder):
+    """What backward keeps, weights aside, is shared out over the sp ranks: together no more than one device's, to 10 %."""
+    model, inputs = random_model(CONFIG, pm.device), random_inputs(CONFIG, (4, 24, 24), (3,), pm.device)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def kept(group):
+        storages = {}
+
+        def pack(x):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = model(**inputs, group=group, gather=False)
+        assert out.requires_grad
+        return sum(size for place, size in storages.items() if place not in weights)
+
+    assert pm.sum(kept(pm.sp_group), pm.sp_group).item() <= 1.1 * kept(None)
+
+
 @golden_frequencies()
 def check_golden(pm, folder):
     """The published model's own numbers, at 175 video and 10 + 4 text tokens."""
@@ -313,7 +333,8 @@ def check_three_steps(pm, folder):
 def train(pm, *flags):
     """The trainer itself, in this process."""
     layout = ["--dp", str(pm.dp_size), "--sp", str(pm.sp_size), "--device", pm.device.type, "--dtype", "float32"]
-    return train_min.train(train_min.parse([*layout, *flags]))
+    same = ["--deterministic"] if pm.device.type == "cuda" else []
+    return train_min.train(train_min.parse([*layout, *same, *flags]))
 
 
 # 5 samples on 2 x 2 micro-batches: dp ranks have 3 and 2, so that a count that is not global shows
@@ -494,6 +515,7 @@ def check_readme_example(pm, folder):
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
+CHECKS = {name: CHECKS[name] for name in os.environ.get("CHECKS", " ".join(CHECKS)).split()}
 
 
 def worker(rank, world, layout, folder, cuda):
@@ -1191,28 +1213,154 @@ def launch(*command, ranks=1, timeout=60, **environment):
     return result.returncode, result.stdout + result.stderr
 
 
+BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
+    ("train --sp 3", "world size 2 is not a multiple of sequence_parallel_size 3"),
+    ("train --sp 0", "world size 2 is not a multiple of sequence_parallel_size 0"),
+    ("train --dp 3", "data_parallel_size 3 x sequence_parallel_size 1 is not the world size 2"),
+    ("train --sp 7", "sequence_parallel_size 7 is more than the 6 heads"),
+    ("train --shard_size 3", "world size 2 is not a multiple of shard_size 3"),
+    ("train --config 14b", "no preset '14b': there are 13b, tiny"),
+    ("train --config 13b --blocks 4", "--blocks 4 is not two numbers D,S"),
+    ("train --blocks a,b", "--blocks a,b is not two numbers D,S"),
+    ("train --blocks=-1,2", "--blocks -1,2 is not two numbers D,S"),
+    ("train --config 13b --height 250", "height 250 and width 256 must be multiples of 16"),
+    ("train --config 13b --width 0", "width 0 must be multiples of 16"),
+    ("train --config 13b --frames 16", "frames 16 must be 4k+1: 256 x 256 x 13 would do"),
+    ("train --config 13b --text_tokens 0", "--text_tokens 0 is not at least 1"),
+    ("train --steps 0", "--steps 0 is not at least 1"),
+    ("train --batch 0", "--batch 0 is not at least 1"),
+    ("train --batch -4", "--batch -4 is not at least 1"),
+    ("train --accumulation 0", "--accumulation 0 is not at least 1"),
+    ("train --warmup -1", "--warmup -1 is not at least 0"),
+    ("train --lr 0", "--lr 0.0 is not at least"),
+    ("train --lr nan", "--lr nan is not at least"),
+    ("train --clip -1", "--clip -1.0 is not at least"),
+    ("train --shift 0", "--shift 0.0 is not at least"),
+    ("train --caption_drop 1.5", "--caption_drop 1.5 is not in 0.0 .. 1.0"),
+    ("train --save_every -1", "--save_every -1 is not at least 0"),
+    ("train --keep -1", "--keep -1 is not at least 0"),
+    ("train --timeout 0", "--timeout 0.0 is not at least"),
+    ("train --max_skipped 0", "--max_skipped 0 is not at least 1"),
+    ("train --check_every 0", "--check_every 0 is not at least 1"),
+    ("train --attention fa5", "attention 'fa5' is none of sdpa, fa4"),
+    ("train --data {bad}/none", "there is no .safetensors file in"),
+    ("train --data {bad}", "there is no .safetensors file in"),
+    ("train --data {bad}/pointer", "pointer/a.safetensors is not a readable safetensors file"),
+    ("train --data {bad}/pickle", "pickle/a.safetensors is not a readable safetensors file"),
+    ("train --data {bad}/huge", "huge/a.safetensors is not a readable safetensors file"),
+    ("train --data {bad}/odd", "odd/a.safetensors holds"),
+    ("train --data {bad}/width", "expected latents [3, T, h, w] with h, w even, text [L, 32]"),
+    ("train --data {bad}/lacking", "lacking/a.safetensors holds"),
+    ("train --weights {bad}/none.safetensors", "no weights at"),
+    ("train --weights {bad}", "no weights at"),
+    ("train --weights {bad}/pointer", "a.safetensors is not a readable safetensors file"),
+    ("train --weights {bad}/huge", "a.safetensors is not a readable safetensors file"),
+    ("train --weights {bad}/evil.pt", "evil.pt is not a file of plain tensors"),
+    ("train --weights {bad}/odd", "do not fit the model"),
+    ("train --weights {bad}/index", "do not fit the model"),
+    ("train --resume --out {bad}", "no checkpoint in"),
+    ("train --resume --out {bad}/damaged", "no whole checkpoint in"),
+    ("train --resume --out {bad}/evil", "no whole checkpoint in"),
+    ("train --resume --out {bad}/linked", "no checkpoint in"),
+    ("train --resume --out {bad}/run --blocks 1,1", "is of another model: double_depth: 2 there, 1 here"),
+    ("train --resume --out {bad}/run --seed 5", "saved with seed 0, this dataset has 5"),
+    ("train --out {bad}/evil.pt", "evil.pt"),
+    ("train --out /proc/none", "/proc/none"),
+    ("infer --checkpoint {bad}/none", "no checkpoint in"),
+    ("infer --checkpoint {bad}/damaged", "no whole checkpoint in"),
+    ("infer --checkpoint {bad}/run --sp 3", "world size 2 is not a multiple of sequence_parallel_size 3"),
+    ("infer --checkpoint {bad}/run --steps 0", "--steps 0 is not at least 1"),
+    ("infer --checkpoint {bad}/run --score 0", "--score 0 is not at least 1"),
+    ("infer --checkpoint {bad}/run --cfg nan", "--cfg nan is not at least"),
+    ("infer --checkpoint {bad}/run --embeds {bad}/none.safetensors", "none.safetensors is not a readable safetensors file"),
+    ("infer --checkpoint {bad}/run --embeds {bad}/lacking/a.safetensors", "expected text [L, 32] and pooled [32]"),
+    ("infer --checkpoint {bad}/run --embeds {bad}/width/a.safetensors", "expected text [L, 32] and pooled [32]"),
+    ("infer --checkpoint {bad}/run --export {bad}/evil.pt", "evil.pt"),
+    ("infer --weights {bad}/none --config tiny", "no weights at"),
+    ("infer --config 13b --blocks 0,0 --frames 6", "frames 6 must be 4k+1"),
+    ("infer --config 15b", "no preset '15b'"),
+]  # fmt: skip
+
+
+def bad_files(folder):
+    """What BAD speaks of: data, weights and checkpoints that are not what they should be."""
+    good = dict(latents=torch.zeros(3, 1, 4, 4), text=torch.zeros(2, 32), pooled=torch.zeros(32))
+    files = dict(odd=good | dict(latents=torch.zeros(3, 1, 5, 4)), width=good | dict(text=torch.zeros(2, 31)))
+    files |= dict(lacking={k: v for k, v in good.items() if k != "pooled"}, index=dict(a=torch.zeros(1)))
+    for name, tensors in files.items():
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "a.safetensors")
+    secret = folder / "index" / "diffusion_pytorch_model.safetensors.index.json"
+    secret.write_text(json.dumps(dict(weight_map={"img_in.proj.weight": "../odd/a.safetensors"})))
+    header = json.dumps(
+        dict(latents=dict(dtype="F32", shape=[3, 10**6, 10**6], data_offsets=[0, 12 * 10**12]))
+    ).encode()
+    evil = pickle.dumps(Touch(folder / "touched"))
+    texts = dict(pointer=b"version https://git-lfs.github.com/spec/v1\n", pickle=evil)
+    for name, data in (texts | dict(huge=len(header).to_bytes(8, "little") + header + bytes(64))).items():
+        (folder / name).mkdir()
+        (folder / name / "a.safetensors").write_bytes(data)
+    (folder / "evil.pt").write_bytes(evil)
+    (folder / "evil" / "step-1").mkdir(parents=True)
+    for name in (".metadata", "manifest.json"):
+        (folder / "evil" / "step-1" / name).write_bytes(evil)
+    code, printed = launch("train_min.py", "--steps", "1", "--device", "cpu", "--out", str(folder / "run"))
+    assert code == 0, printed
+    shutil.copytree(folder / "run", folder / "damaged")
+    file = next((folder / "damaged" / "step-1").glob("*.safetensors"))
+    file.write_bytes(flip(file.read_bytes(), -100))
+    (folder / "linked").mkdir()
+    (folder / "linked" / "step-1").symlink_to(folder / "run" / "step-1")
+
+
+def one_rank(command, rank, port, printed):
+    """A rank as torchrun would start it, in a process that has imported everything; what it prints goes to a file."""
+    ranks = dict(
+        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+    )
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.chdir(printed.parent)
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1), os.dup2(file, 2)
+    script, *flags = command
+    module, main = {"train": (train_min, train_min.train), "infer": (infer_min, infer_min.infer)}[script]
+    train_min.run(main, module.parse([*flags, "--device", "cpu"]))
+
+
+def test_bad_input(tmp_path):
+    """Every row of BAD: status 1 on every rank in under 20 seconds, and the sentence alone."""
+    bad_files(tmp_path)
+    context, wrong = torch.multiprocessing.get_context("forkserver"), []
+    context.set_forkserver_preload(["test_sp"])
+    for n, (line, told) in enumerate(BAD):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = line.format(bad=tmp_path).split()
+        command += ["--out", str(tmp_path / f"out-{n}")] if command[0] == "train" and "--out" not in command else []
+        printed = [tmp_path / f"{n}.{rank}" for rank in range(2)]
+        ranks = [context.Process(target=one_rank, args=(command, r, port, printed[r])) for r in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(20)
+            if process.exitcode is None:
+                process.kill()
+        for process, file in zip(ranks, printed):
+            text = file.read_text()
+            lines = [x for x in text.splitlines() if not re.match(r"\[[WI]\d|\[Gloo\]|skipping ", x)]
+            if process.exitcode != 1 or len(lines) != 1 or not re.match(f"error: .*{re.escape(told)}", lines[0]):
+                wrong.append(f"{line}: status {process.exitcode}, expected {told!r}:\n{text[-1500:]}")
+    assert len(BAD) >= 40 and not wrong, "\n".join(wrong)
+    assert not (tmp_path / "touched").exists(), "a pickle was opened"
+
+
 @pytest.mark.parametrize("ranks, flags, told", [
     (3, "--sp 2", "world size 3 is not a multiple of sequence_parallel_size 2"),
-    (2, "--dp 3 --sp 1", "data_parallel_size 3 x sequence_parallel_size 1 is not the world size 2"),
-    (1, "--sp 7", "sequence_parallel_size 7 is more than the 6 heads"),
-    (1, "--config 14b", "no preset '14b'"),
-    (1, "--config 13b --blocks 4", "--blocks 4 is not two numbers"),
-    (1, "--config 13b --height 250", "height 250 and width 256 must be multiples of 16"),
-    (1, "--data {tmp}", "no data: there is no .safetensors file in"),
-    (1, "--data {tmp}/bad", "bad/a.safetensors is not a readable safetensors file"),
-    (1, "--data {tmp}/odd", "expected latents [3, T, h, w] with h, w even"),
-    (1, "--weights {tmp}/none.safetensors", "no weights at"),
     (2, "--resume --out {tmp}", "no checkpoint in"),
 ])  # fmt: skip
-def test_bad_flags(ranks, flags, told, tmp_path):
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "bad" / "a.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    sample = dict(latents=torch.zeros(3, 1, 5, 4), text=torch.zeros(2, 32), pooled=torch.zeros(32))
-    save_file(sample, tmp_path / "odd" / "a.safetensors")
-    out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
-    command = ["train_min.py", *flags.format(tmp=tmp_path).split(), *out, "--device", "cpu"]
-    code, printed = launch(*command, ranks=ranks)
+def test_bad_input_under_torchrun(ranks, flags, told, tmp_path):
+    code, printed = launch("train_min.py", *flags.format(tmp=tmp_path).split(), "--device", "cpu", ranks=ranks)
     assert code != 0 and re.search(f"^error: .*{re.escape(told)}", printed, re.M), printed
     assert not re.search(r"train_min\.py\", line", printed), "a traceback"
 

@@ -94,11 +94,14 @@ def parse(argv=None):
     p.add_argument(
         "--check_every", type=int, default=100, help="steps between checks that sp ranks share their samples"
     )
+    p.add_argument(
+        "--deterministic", action="store_true", help="bit for bit the same again on GPUs too, a little slower"
+    )
     p.add_argument("--workers", type=int, default=0, help="processes that load data, for each rank")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = p.parse_args(argv)
     big = args.config != "tiny"
-    args.lr = args.lr or (1e-5 if big else 2e-3)
+    args.lr = (1e-5 if big else 2e-3) if args.lr is None else args.lr
     args.checkpointing = args.checkpointing or ("attention" if big else "none")
     return args
 
@@ -174,10 +177,10 @@ class RandomLatents:
     """Noise of the right shape: what a benchmark needs."""
 
     def __init__(self, config, height, width, frames, text_tokens, length=64):
-        if height % 16 or width % 16 or frames % 4 != 1:
+        if height % 16 or width % 16 or frames % 4 != 1 or min(height, width, frames) < 1:
             raise ValueError(
                 f"height {height} and width {width} must be multiples of 16, frames {frames} must be 4k+1: "
-                f"{height // 16 * 16} x {width // 16 * 16} x {(frames - 1) // 4 * 4 + 1} would do"
+                f"{max(16, height // 16 * 16)} x {max(16, width // 16 * 16)} x {max(1, (frames - 1) // 4 * 4 + 1)} would do"
             )
         self.config, self.length, self.text_tokens, self.shapes = config, length, text_tokens, None
         self.shape = (config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
@@ -481,11 +484,23 @@ def learning_rate(step, args):
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
+def check_flags(args, **ranges):
+    """ValueError for the first flag outside its (lowest, highest) value."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(
+                f"--{name} {value} is not {f'at least {low}' if high == math.inf else f'in {low} .. {high}'}"
+            )
+
+
 def get_config(args):
     changes = {}
     if args.blocks:
         try:
             changes = dict(zip(("double_depth", "single_depth"), map(int, args.blocks.split(",")), strict=True))
+            if min(changes.values()) < 0:
+                raise ValueError
         except ValueError:
             raise ValueError(f"--blocks {args.blocks} is not two numbers D,S, e.g. 4,8") from None
     config = HunyuanConfig.preset(args.config, **changes)
@@ -495,7 +510,16 @@ def get_config(args):
 
 
 def train(args):
+    counts = ("steps", "batch", "accumulation", "max_skipped", "check_every", "text_tokens")
+    ranges = dict.fromkeys(counts, (1, math.inf)) | dict.fromkeys(
+        ("warmup", "save_every", "keep", "workers"), (0, math.inf)
+    )
+    ranges |= dict.fromkeys(("lr", "clip", "shift", "timeout"), (1e-9, math.inf)) | dict(caption_drop=(0.0, 1.0))
+    check_flags(args, **ranges)
     config = get_config(args)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
+        torch.use_deterministic_algorithms(True)
     data = build_data(config, args)
     pm = ParallelManager(args.dp, args.sp, args.device, args.timeout)
     batch_size = args.batch or (16 if args.config == "tiny" else pm.dp_size)
