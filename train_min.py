@@ -392,7 +392,7 @@ class Progress:
         print(curve([loss for loss in self.losses if math.isfinite(loss)] or [0.0]))
         timed = self.seconds[:-1] or self.seconds if looked else self.seconds
         warm = timed[min(2, len(timed) - 1) :]  # the first steps compile, allocate and warm up
-        speed = rates(self.pm, *(sum(column) / len(warm) for column in zip(*warm)))
+        speed = rates(self.pm, *sorted(warm)[len(warm) // 2])  # the median step
         print(json.dumps(speed | (looked.shares if looked else {}) | dict(skipped=self.skipped)), flush=True)
 
 
