@@ -292,8 +292,12 @@ class ParallelManager:
             except (Exception, CheckpointException) as error:  # the latter is no Exception
                 raise OSError(f"{temporary} could not be written: {_first_line(error)}") from None
 
-        for part in self._together(written):
-            files |= part
+        try:
+            for part in self._together(written):
+                files |= part
+        except OSError:  # on a full disk it takes what the next try needs
+            self.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            raise
 
         def complete():
             write_manifest(temporary, dict(manifest, saved=time.time(), files=files))

@@ -477,6 +477,7 @@ def check_a_damaged_checkpoint_is_never_loaded(pm, folder):
         pm.finish_save()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert time.time() - started < 2 and pm.find(folder)[0].name == "step-2"
+    assert not (folder / "tmp-step-3").exists()
     for step in (4, 5, 6):  # of run a two stay, of others all
         pm.save(folder, step, dict(run="a" if step > 4 else "b"), keep=2)
     pm.finish_save()

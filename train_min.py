@@ -294,7 +294,10 @@ PEAK_TFLOPS = dict(A100=312, H100=989, H200=989, B200=2250)  # dense bf16, by th
 def replace_text(path, text):
     """All or nothing, whenever the process is killed."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    try:
+        temporary.write_text(text)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(f"{path} could not be written: {error.strerror}") from None
     os.replace(temporary, path)
 
 
@@ -636,6 +639,8 @@ def run(main, args):
         main(args).close()
     except (ValueError, OSError, RuntimeError) as error:
         told = str(error).strip() or type(error).__name__
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk does not say where
+            told = f"{args.out if main is train else args.output}: {told}"
         if isinstance(error, RuntimeError):
             if not re.search(r"timed? ?out|connection|peer|nccl|gloo", told, re.I) or not dist.is_initialized():
                 raise
