@@ -1631,24 +1631,52 @@ def test_a_fault_ends_the_job_and_names_the_rank(fault, seconds, told, tmp_path)
 # launches
 
 
-def test_two_nodes(tmp_path):
-    """Two torchrun agents meet on loopback; the exchange and the weights cross between them."""
+@pytest.mark.parametrize("kills, steps", [(0, 2), (10 if LONG else 1, 200 if LONG else 30)])
+def test_two_nodes(kills, steps, tmp_path):
+    """Two torchrun agents meet on loopback, and the exchange crosses between them; a killed rank is restarted on both, with
+    the environment variable that the README asks for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
-    agent += ["--rdzv_id=two", f"--rdzv_endpoint=127.0.0.1:{port}", "train_min.py", "--sp", "2", "--steps", "2"]
-    agent += ["--device", "cpu", "--out", str(tmp_path)]
+    agent += [
+        "--rdzv_id=two",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        f"--max-restarts={3 * kills}",
+        "--monitor-interval=0.1",
+    ]
+    agent += [
+        "train_min.py",
+        "--sp",
+        "2",
+        "--steps",
+        str(steps),
+        "--batch",
+        "4",
+        "--save_every",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    out = tmp_path / "run"
+    environment, log = os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"), open(tmp_path / "printed", "w")
     nodes = [
-        subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE) for _ in "12"
+        subprocess.Popen([*agent, "--out", str(out)], stdout=log, stderr=log, cwd=HERE, env=environment) for _ in "12"
     ]
     try:
-        printed = [node.communicate(timeout=120)[0] for node in nodes]
+        for n in range(kills):
+            done = steps_done(tmp_path)
+            wait_for(lambda done=done: steps_done(tmp_path) >= max(4, done + 3), 120)
+            os.kill(workers_of(nodes[n % 2])[0], signal.SIGKILL)
+            time.sleep(2)
+        codes = [node.wait(timeout=120) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], printed
-    assert len(losses(tmp_path)) == 2 and "dp 1 x sp 2" in "".join(printed)
+    printed = (tmp_path / "printed").read_text()
+    assert codes == [0, 0], printed[-3000:]
+    assert [entry["step"] for entry in losses(out)] == list(range(1, steps + 1)) and "dp 1 x sp 2" in printed
+    assert kills == 0 or re.search("from step [1-9]", printed), "it started from scratch"
 
 
 def test_cost_model():
