@@ -178,8 +178,13 @@ def sdpa(q, k, v):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+FA4_DTYPES = (torch.bfloat16, torch.float16)
+
+
 def fa4(q, k, v):
-    """The same by FlashAttention-4, bf16 on Hopper and Blackwell: 1.17x as fast as cuDNN forward, 1.18x backward."""
+    """The same by FlashAttention-4 on Hopper and Blackwell: a forward at 119k tokens takes 0.87 of its time with cuDNN."""
+    if q.dtype not in FA4_DTYPES:
+        raise ValueError(f"attention fa4 computes in bfloat16 or float16, the model is in {str(q.dtype)[6:]}")
     return _fa4(q, k, v)[0]
 
 

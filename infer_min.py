@@ -277,9 +277,8 @@ def infer(args):
     elif pm.is_main and big:
         video = shape[1] * shape[2] * shape[3] // 4
         forward = forward_flops(config, video, len(text)) * (1 + (cfg > 1))
-        timed = (
-            seconds[2 : args.steps - 1] or seconds[: args.steps - 1] or seconds
-        )  # of the first clip; its last step was looked into
+        # of the first clip's steps: two of warm-up, and the last was looked into
+        timed = seconds[2 : args.steps - 1] or seconds[: args.steps - 1] or seconds
         speed = rates(pm, sorted(timed)[len(timed) // 2], video, forward)
         print(json.dumps(speed | looked.shares | dict(fastest=round(min(timed), 4))), flush=True)
     return pm

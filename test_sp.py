@@ -826,6 +826,9 @@ def test_fa4_is_attention(checkpointing, runs, monkeypatch):
     model, inputs, calls = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (3, 2)), math_fa4(monkeypatch)
     with gpu(9, 0):
         model.attention = hunyuan_sp.attention_kernel("fa4")
+    with pytest.raises(ValueError, match="fa4 computes in bfloat16 or float16, the model is in float64"):
+        model(**inputs)
+    monkeypatch.setattr(hunyuan_sp, "FA4_DTYPES", (torch.float64,))
     out = model(**inputs, checkpointing=checkpointing)
     assert len(calls) == 2 * 4  # of each of 2 samples, as their texts differ; the refiner uses sdpa
     grads = torch.autograd.grad(out.square().sum(), [*model.parameters()])

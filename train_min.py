@@ -320,7 +320,9 @@ class Profile:
     def __init__(self, pm, path=None):
         self.pm, self.path, self.shares = pm, path, {}
         gpu = [ProfilerActivity.CUDA] * (pm.device.type == "cuda")
-        self.profiler = profile(activities=gpu + [ProfilerActivity.CPU] * bool(path)) if gpu or path else None
+        self.profiler = (
+            profile(activities=gpu + [ProfilerActivity.CPU] * bool(path), acc_events=True) if gpu or path else None
+        )
 
     def start(self):
         if self.profiler:
