@@ -1515,6 +1515,57 @@ def test_kill_a_random_rank_and_go_on(tmp_path):
     assert truth.keys() == ours.keys() and all(torch.equal(truth[k], ours[k]) for k in truth)
 
 
+STREAM = """
+import re, sys, threading, time
+import torch
+from comm import ParallelManager
+from hunyuan_sp import HunyuanConfig, HunyuanVideo, load_weights
+
+def anonymous():  # what this process has allocated; pages of the mapped file are not its own
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+pm = ParallelManager(1, 2, "cpu")
+with torch.device("meta"):
+    model = HunyuanVideo(HunyuanConfig.preset("13b", double_depth=1, single_depth=2))
+pm.shard(model, [*model.double_blocks, *model.single_blocks])
+before, peak, over = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not over.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+thread = threading.Thread(target=watch)
+thread.start()
+load_weights(model, sys.argv[1])
+over.set()
+thread.join()
+shard = sum(p.to_local().nbytes for p in model.parameters())
+largest = max(4 * p.numel() for p in model.parameters())
+print(f"whole {2 * shard} shard {shard} largest {largest} grown {peak - before}", flush=True)
+pm.close()
+"""
+
+
+@pytest.mark.skipif(not LONG, reason="2 GB of weights: LONG=1")
+def test_weights_stream_into_a_sharded_model(tmp_path):
+    """A billion parameters of the 13B's width: while they load, a rank grows by its shard and about one tensor."""
+    with torch.device("meta"):
+        model = HunyuanVideo(HunyuanConfig.preset("13b", double_depth=1, single_depth=2))
+    save_file({k: torch.rand(p.shape).bfloat16() for k, p in model.named_parameters()}, tmp_path / "a.safetensors")
+    (tmp_path / "stream.py").write_text(STREAM)
+    code, printed = launch(str(tmp_path / "stream.py"), str(tmp_path), ranks=2, timeout=300, PYTHONPATH=str(HERE))
+    assert code == 0, printed
+    ranks = re.findall(r"whole (\d+) shard (\d+) largest (\d+) grown (\d+)", printed)
+    assert len(ranks) == 2, printed
+    for whole, shard, largest, grown in (map(int, rank) for rank in ranks):
+        print(
+            f"GB: whole {whole / 1e9:.2f}, shard {shard / 1e9:.2f}, largest {largest / 1e9:.2f}, grown {grown / 1e9:.2f}"
+        )
+        assert grown <= shard + 2 * largest < 0.7 * whole
+
+
 @pytest.mark.skipif(not LONG, reason="2,000 steps take six minutes: LONG=1")
 @pytest.mark.parametrize("save_every, first", [(0, 100), (40, 700)])
 def test_soak(save_every, first, tmp_path):
