@@ -4,6 +4,7 @@
     $ pytest -k 1x3                 # one layout
     $ pytest -k gradients -x        # one rule
     $ LONG=1 pytest -k "kill or soak or 100_runs"   # what takes hours on two cores: 50 kills instead of 2, ..
+    $ COMPILE=1 CHECKS=gradients LAYOUTS=1x3 pytest -k test_on      # the same gradients from compiled blocks
     $ LONG=1 CHECKS=three_steps LAYOUTS="1x1 3x1 2x3 3x2" pytest -k test_on   # some checks on other layouts
 
 Everything is compared with one device (group=None) in float64 at sizes that do not divide: what is left is summation order.
@@ -192,6 +193,8 @@ def check_gradients(pm, folder):
             for n, g in zip(params, true_grads):
                 assert g.abs().max() > 1e-6, f"{n} is not tested: its gradient is zero"
 
+        if os.environ.get("COMPILE"):
+            model.compile_blocks()
         # split: what training does. The whole gradient is the plain sum over ranks
         patches = model(**inputs, group=pm.sp_group, gather=False, checkpointing=checkpointing)
         close(gather_sequence(patches, pm.sp_group, patchify(truth, (1, 2, 2)).shape[1]), patchify(truth, (1, 2, 2)))
