@@ -315,8 +315,12 @@ class ParallelManager:
 
         run: only those whose manifest says so. Equal on all ranks; FileNotFoundError, on all, if there is none.
         """
+
+        def candidates():  # those of another run need not be read
+            return [p for p in checkpoints(folder) if run is None or read_manifest(p, "run") in (None, run)]
+
         problems = []
-        for path in self.on_main(lambda: checkpoints(folder)):
+        for path in self.on_main(candidates):
             problem, manifest = self._verify(path)
             if problem is None and (run is None or manifest.get("run") == run):
                 return path, manifest

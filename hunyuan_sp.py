@@ -536,7 +536,7 @@ class HunyuanVideo(nn.Module):
 
     def compile_blocks(self):
         """torch.compile on each side of attention: whole graphs, nothing of ranks in them, the same for all blocks."""
-        # with this fusion torch 2.11 gets modulation's gradients, sums over many tokens, wrong or NaN
+        # with this fusion the gradients of modulation's chunks, views of one buffer, are never written: pytorch issue 193061
         options = {"triton.mix_order_reduction": False}
         for block in (*self.double_blocks, *self.single_blocks):
             block.before = torch.compile(block.before, fullgraph=True, options=options)
