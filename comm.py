@@ -409,19 +409,22 @@ def remove(checkpoint):
 
 def failed_ranks():
     """Ranks that have said that a collective failed on them."""
-    store, attempt = dist.distributed_c10d._get_default_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    return [rank for rank in range(dist.get_world_size()) if store.check([f"failed{attempt}/{rank}"])]
+    store = dist.distributed_c10d._get_default_store()
+    return [rank for rank in range(dist.get_world_size()) if store.check([_failure_of(rank)])]
 
 
 def silent_ranks(seconds=1.0):
     """Who is missing, asked when a collective has failed here: ranks that have not said so too within some seconds."""
-    store, attempt = dist.distributed_c10d._get_default_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     try:
-        store.set(f"failed{attempt}/{dist.get_rank()}", "1")
+        dist.distributed_c10d._get_default_store().set(_failure_of(dist.get_rank()), "1")
         time.sleep(seconds)
         return sorted(set(range(dist.get_world_size())) - set(failed_ranks()))
     except dist.DistError:  # without torchrun the store is rank 0's, and gone with it
         return [0]
+
+
+def _failure_of(rank):
+    return f"failed{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
 
 
 def write_manifest(folder, manifest):

@@ -36,6 +36,7 @@ from train_min import (
     DIRECTIONS,
     Profile,
     RandomLatents,
+    add_common_flags,
     check_flags,
     embed_text,
     get_config,
@@ -56,19 +57,9 @@ def parse(argv=None):
     p.add_argument("--score", type=int, help="sample so many prompts and measure colour and direction in the pixels")
     p.add_argument("--checkpoint", default="out", help="the --out folder of train_min.py")
     p.add_argument("--config", help="model preset, for --weights or for random weights (benchmarks)")
-    p.add_argument("--blocks", help="cut the depth of --config to D,S double and single blocks, e.g. 4,8")
-    p.add_argument("--weights", help="file or folder of weights (original, diffusers or ComfyUI naming)")
     p.add_argument("--dp", type=int, help="groups that each sample other prompts (default: world size / sp)")
     p.add_argument("--sp", type=int, help="ranks that share a clip (default: all)")
     p.add_argument("--shard", action="store_true", help="FSDP2, for weights that do not fit one GPU")
-    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    p.add_argument("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
-    p.add_argument("--profile", action="store_true", help="a Chrome trace of the last step, OUTPUT-trace-RANK.json.gz")
-    p.add_argument("--compile", action="store_true", help="torch.compile both sides of each block's attention")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, float32 on CPUs")
-    p.add_argument("--height", type=int, default=256, help="of the video, for models over VAE latents")
-    p.add_argument("--width", type=int, default=256, help="of the video")
-    p.add_argument("--frames", type=int, default=17, help="of the video, 4k+1")
     p.add_argument("--steps", type=int, default=20, help="Euler steps")
     p.add_argument("--shift", type=float, help="flow shift (default 4; 13b: 7)")
     p.add_argument("--guidance", type=float, default=6.0, help="embedded guidance scale, for models that have it")
@@ -81,7 +72,7 @@ def parse(argv=None):
     )
     p.add_argument("--export", help="write the weights to this folder instead of sampling")
     p.add_argument("--naming", choices=NAMINGS, default="original", help="of --export")
-    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_common_flags(p)
     return p.parse_args(argv)
 
 

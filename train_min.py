@@ -43,10 +43,28 @@ from hunyuan_sp import (
 from sampler import DPSPBatchSampler
 
 
+def add_common_flags(p):
+    """What training and sampling have in common."""
+    p.add_argument("--blocks", help="cut the depth of --config to D,S double and single blocks, e.g. 4,8")
+    p.add_argument("--weights", help="file or folder of released weights (original, diffusers or ComfyUI naming)")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="compute (default: bfloat16 on GPUs, float32 on CPUs)"
+    )
+    p.add_argument("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
+    p.add_argument("--compile", action="store_true", help="torch.compile both sides of each block's attention")
+    p.add_argument("--height", type=int, default=256, help="of the video, for models over VAE latents")
+    p.add_argument("--width", type=int, default=256, help="of the video")
+    p.add_argument("--frames", type=int, default=17, help="of the video, 4k+1")
+    p.add_argument(
+        "--profile", action="store_true", help="Chrome traces of the last step, trace-RANK.json.gz, by the output"
+    )
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", default="tiny", help="model preset: tiny (default) or 13b")
-    p.add_argument("--blocks", help="cut the depth to D,S double and single blocks, e.g. 4,8")
     p.add_argument("--dp", "--data_parallel_size", type=int, help="data-parallel groups (default: world size / sp)")
     p.add_argument(
         "--sp", "--sequence_parallel_size", type=int, default=1, help="ranks that share a sample (default 1)"
@@ -54,11 +72,7 @@ def parse(argv=None):
     p.add_argument(
         "--shard_size", type=int, help="HSDP: shard weights over so many ranks, replicate beyond (default: all)"
     )
-    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     p.add_argument("--data", help="folder with one .safetensors a sample (default: generated data)")
-    p.add_argument("--height", type=int, default=256, help="video height of random latents, for --config 13b")
-    p.add_argument("--width", type=int, default=256, help="video width of random latents")
-    p.add_argument("--frames", type=int, default=17, help="video frames of random latents, 4k+1")
     p.add_argument("--text_tokens", type=int, default=60, help="text tokens of random latents")
     p.add_argument("--steps", type=int, default=900, help="optimizer steps in all, those before a resume included")
     p.add_argument("--batch", type=int, help="global batch: samples a step over all ranks (default 16; 13b: dp)")
@@ -74,14 +88,7 @@ def parse(argv=None):
         "--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)"
     )
     p.add_argument("--no_reshard", action="store_true", help="keep weights whole from forward to backward (as ZeRO-2)")
-    p.add_argument("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
-    p.add_argument("--compile", action="store_true", help="torch.compile both sides of each block's attention")
-    p.add_argument("--profile", action="store_true", help="a Chrome trace of the last step, OUT/trace-RANK.json.gz")
-    p.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="compute (default bfloat16 on GPUs, float32 on CPUs)"
-    )
     p.add_argument("--seed", type=int, default=0, help="of weights, order, noise and caption drop")
-    p.add_argument("--weights", help="start from this file or folder (original, diffusers or ComfyUI naming)")
     p.add_argument("--out", default="out", help="folder of checkpoints and log.jsonl")
     p.add_argument("--save_every", type=int, default=0, help="steps between checkpoints (default: only at the end)")
     p.add_argument("--keep", type=int, default=3, help="checkpoints of this run that stay (0: all)")
@@ -94,11 +101,9 @@ def parse(argv=None):
     p.add_argument(
         "--check_every", type=int, default=100, help="steps between checks that sp ranks share their samples"
     )
-    p.add_argument(
-        "--deterministic", action="store_true", help="bit for bit the same again on GPUs too, a little slower"
-    )
+    p.add_argument("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
     p.add_argument("--workers", type=int, default=0, help="processes that load data, for each rank")
-    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_common_flags(p)
     args = p.parse_args(argv)
     big = args.config != "tiny"
     args.lr = (1e-5 if big else 2e-3) if args.lr is None else args.lr
