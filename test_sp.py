@@ -1452,6 +1452,8 @@ def test_steps_without_finite_gradients_are_skipped(tmp_path):
         shutil.copy(tmp_path / "data" / "2.safetensors", tmp_path / "data" / f"{n}.safetensors")
     code, printed = launch(*flags, "--steps", "9", "--out", str(tmp_path / "b"))
     assert code != 0 and "3 steps in a row, the last one 3, had no finite loss" in printed, printed
+    code, printed = launch(*flags, "--steps", "2", "--out", str(tmp_path / "c"))
+    assert code != 0 and "none of 2 steps had a finite loss" in printed, printed
 
 
 def start(tmp_path, *flags, ranks=2, script="train_min.py", agent=()):

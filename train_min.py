@@ -612,6 +612,8 @@ def train(args):
         if stop:
             break
     pm.finish_save()
+    if progress.skipped == len(progress.losses) > 0:
+        raise ValueError(f"none of {progress.skipped} steps had a finite loss and gradient: nothing was learned")
     progress.end(looked)
     if pm.is_main:
         why = ", stopped by a signal" if step < args.steps else ""
