@@ -3,7 +3,7 @@
     $ pytest                        # CPU and gloo; a layout with enough GPUs runs on them with NCCL
     $ pytest -k 1x3                 # one layout
     $ pytest -k gradients -x        # one rule
-    $ LONG=1 pytest -k "kill or soak or 100_runs"   # what takes hours on two cores: 50 kills instead of 2, ..
+    $ LONG=1 pytest -k "kill or soak or 100_runs"   # an hour on two cores: 50 kills instead of 2, ..
     $ COMPILE=1 CHECKS=gradients LAYOUTS=1x3 pytest -k test_on      # the same gradients from compiled blocks
     $ LONG=1 CHECKS=three_steps LAYOUTS="1x1 3x1 2x3 3x2" pytest -k test_on   # some checks on other layouts
 
