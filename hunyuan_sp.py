@@ -534,11 +534,15 @@ class HunyuanVideo(nn.Module):
         # 64 numbers a token are cheaper to gather than 3072
         return unpatchify(gather_sequence(out, group, video), grid, self.config.patch_size)
 
+    @property
+    def blocks(self):
+        return [*self.double_blocks, *self.single_blocks]
+
     def compile_blocks(self):
         """torch.compile on each side of attention: whole graphs, nothing of ranks in them, the same for all blocks."""
         # with this fusion the gradients of modulation's chunks, views of one buffer, are never written: pytorch issue 193061
         options = {"triton.mix_order_reduction": False}
-        for block in (*self.double_blocks, *self.single_blocks):
+        for block in self.blocks:
             block.before = torch.compile(block.before, fullgraph=True, options=options)
             block.after = torch.compile(block.after, fullgraph=True, options=options)
 

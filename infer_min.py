@@ -11,7 +11,6 @@ All ranks share each clip unless --sp says otherwise. The same seed gives the sa
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 
@@ -19,16 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from comm import ParallelManager
-from hunyuan_sp import (
-    NAMINGS,
-    HunyuanConfig,
-    HunyuanVideo,
-    forward_flops,
-    init_weights,
-    load_weights,
-    open_safetensors,
-    save_weights,
-)
+from hunyuan_sp import NAMINGS, HunyuanConfig, HunyuanVideo, forward_flops, init_weights, load_weights, save_weights
 from train_min import (
     CAPTIONS,
     CLIP_SHAPE,
@@ -38,13 +28,17 @@ from train_min import (
     RandomLatents,
     add_common_flags,
     check_flags,
+    compute_dtype,
     embed_text,
     get_config,
     guidance_input,
     rates,
+    read_tensors,
     run,
     seeded,
+    shapes_in,
     shift_sigma,
+    text_fits,
 )
 
 
@@ -170,11 +164,11 @@ def build_model(pm, args):
     else:
         args.config = args.config or "13b"
         config = get_config(args)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if pm.device.type == "cuda" else "float32"))
+    dtype = compute_dtype(args, pm.device)
     with torch.device("meta"):
         model = HunyuanVideo(config, args.attention).requires_grad_(False)
     if args.shard:
-        pm.shard(model, [*model.double_blocks, *model.single_blocks], None if dtype == torch.float32 else dtype)
+        pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype)
     else:
         pm.model = (model if trained else model.to(dtype)).to_empty(device=pm.device)
     if trained:
@@ -193,14 +187,12 @@ def read_prompts(args, config):
     """[(title, (text, pooled))], and the negative one."""
 
     def read(file):
-        with open_safetensors(file) as handle:
-            found = {name: handle.get_slice(name).get_shape() for name in handle.keys()}
-            text = found.get("text", [])
-            if text[1:] != [config.text_dim] or text[0] < 1 or found.get("pooled") != [config.pooled_dim]:
-                raise ValueError(
-                    f"{file} holds {found}, expected text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
-                )
-            return handle.get_tensor("text").float(), handle.get_tensor("pooled").float()
+        shapes = shapes_in(file)
+        if not text_fits(shapes, config):
+            raise ValueError(
+                f"{file} holds {shapes}, expected text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
+            )
+        return read_tensors(file, "text", "pooled")
 
     def embed(prompt):
         return embed_text(prompt, config.text_dim, config.pooled_dim)
@@ -216,7 +208,9 @@ def read_prompts(args, config):
 
 
 def infer(args):
-    check_flags(args, steps=(1, math.inf), score=(1, math.inf), shift=(1e-9, math.inf), cfg=(0.0, math.inf))
+    check_flags(args, "steps score", 1)
+    check_flags(args, "shift", 1e-9)
+    check_flags(args, "cfg", 0.0)
     pm = ParallelManager(args.dp, args.sp, args.device)
     model = build_model(pm, args)
     config, big = model.config, model.config.out_channels != 3
@@ -229,9 +223,9 @@ def infer(args):
 
     prompts, negative = read_prompts(args, config)
     shape = RandomLatents(config, args.height, args.width, args.frames, 1).shape if big else CLIP_SHAPE
-    shift, cfg = args.shift or (7.0 if big else 4.0), args.cfg
-    seconds, right = [], [0, 0, 0]
+    shift, right = args.shift or (7.0 if big else 4.0), [0, 0, 0]
     looked = Profile(pm, args.profile and f"{args.output}-trace") if args.profile or big else None
+    clock = Clock(pm, looked, args.steps)
     for first in range(0, len(prompts), pm.dp_size):
         n = min(
             first + pm.dp_rank, len(prompts) - 1
@@ -240,7 +234,7 @@ def infer(args):
         noise = torch.randn((1, *shape), generator=seeded("sample", args.seed, n)).to(pm.device)
         text, pooled = text.to(pm.device), pooled.to(pm.device)
         away = ([negative[0].to(pm.device)], negative[1].to(pm.device)[None])
-        clock = Clock(pm, seconds, looked if first == 0 else None, args.steps)
+        clock.start()
         clip = sample(
             model,
             noise,
@@ -251,7 +245,7 @@ def infer(args):
             args.guidance,
             pm.sp_group,
             away,
-            cfg,
+            args.cfg,
             clock.tick,
         )[0].cpu()
         if extra:
@@ -267,21 +261,24 @@ def infer(args):
             print(f"of {total:.0f} prompts, the colour is right in {colours:.0f} and the direction in {directions:.0f}")
     elif pm.is_main and big:
         video = shape[1] * shape[2] * shape[3] // 4
-        forward = forward_flops(config, video, len(text)) * (1 + (cfg > 1))
+        forward = forward_flops(config, video, len(text)) * (1 + (args.cfg > 1))
         # of the first clip's steps: two of warm-up, and the last was looked into
-        timed = seconds[2 : args.steps - 1] or seconds[: args.steps - 1] or seconds
+        timed = clock.seconds[2 : args.steps - 1] or clock.seconds[: args.steps - 1] or clock.seconds
         speed = rates(pm, sorted(timed)[len(timed) // 2], video, forward)
         print(json.dumps(speed | looked.shares | dict(fastest=round(min(timed), 4))), flush=True)
     return pm
 
 
 class Clock:
-    """Seconds of each step, as the wall sees them; the last one may be looked into."""
+    """Seconds of each step, as the wall sees them; the last step of the first clip may be looked into."""
 
-    def __init__(self, pm, seconds, looked, steps):
-        self.pm, self.seconds, self.looked, self.left = pm, seconds, looked, steps
+    def __init__(self, pm, looked, steps):
+        self.pm, self.looked, self.steps, self.seconds = pm, looked, steps, []
+
+    def start(self):
+        if self.looked and len(self.seconds) == self.steps - 1:
+            self.looked.start()
         self.last = self.now()
-        self.look()
 
     def now(self):
         if self.pm.device.type == "cuda":
@@ -289,17 +286,10 @@ class Clock:
         return time.perf_counter()
 
     def tick(self):
-        now = self.now()
-        self.seconds.append(now - self.last)
-        self.left -= 1
-        self.look()
-        self.last = self.now()
-
-    def look(self):
-        if self.looked and self.left == 1:
-            self.looked.start()
-        if self.looked and self.left == 0:
+        self.seconds.append(self.now() - self.last)
+        if self.looked and len(self.seconds) == self.steps:
             self.looked.stop()
+        self.start()
 
 
 def show(clip, title, name, quiet):

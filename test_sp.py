@@ -323,8 +323,7 @@ def check_three_steps(pm, folder):
     for n, (shard_size, accumulation, reshard, checkpointing) in enumerate(settings):
         last = 2 if n else STEPS - 1
         model = random_model(config, pm.device)
-        blocks = [*model.double_blocks, *model.single_blocks]
-        pm.shard(model, blocks, shard_size=shard_size, reshard_after_forward=reshard)
+        pm.shard(model, model.blocks, shard_size=shard_size, reshard_after_forward=reshard)
         pm.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
         stream = batches(pm.dp_rank, pm.dp_size, accumulation)
         for step in range(last + 1):
@@ -421,7 +420,7 @@ def check_a_damaged_checkpoint_is_never_loaded(pm, folder):
     """Each file cut by a byte, halved, emptied, flipped at three places, deleted, swapped; the manifest edited."""
     folder = folder / f"damage-{pm.dp_size}x{pm.sp_size}"
     model = random_model(CONFIG, pm.device)
-    pm.shard(model, [*model.double_blocks, *model.single_blocks])
+    pm.shard(model, model.blocks)
     pm.optimizer = torch.optim.AdamW(model.parameters())
     for step in (1, 2):
         with torch.no_grad():
@@ -503,7 +502,7 @@ def check_meta_init_and_export(pm, folder):
     init_weights(truth, seed=3)
     with torch.device("meta"):
         model = HunyuanVideo(config)
-    pm.shard(model, [*model.double_blocks, *model.single_blocks], shard_size=pm.sp_size)
+    pm.shard(model, model.blocks, shard_size=pm.sp_size)
     init_weights(model, seed=3)
     for (name, param), true in zip(model.named_parameters(), truth.parameters()):
         assert torch.equal(param.full_tensor(), true), name
@@ -1256,6 +1255,12 @@ def test_fuzzed_sampler_states():
             assert sampler.state_dict() == before
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch(*command, ranks=1, timeout=60, **environment):
     """torchrun as a user types it; (exit code, everything printed)."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
@@ -1386,9 +1391,7 @@ def test_bad_input(tmp_path):
     context, wrong = torch.multiprocessing.get_context("forkserver"), []
     context.set_forkserver_preload(["test_sp"])
     for n, (line, told) in enumerate(BAD):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = line.format(bad=tmp_path).split()
         command += ["--out", str(tmp_path / f"out-{n}")] if command[0] == "train" and "--out" not in command else []
         printed = [tmp_path / f"{n}.{rank}" for rank in range(2)]
@@ -1532,7 +1535,7 @@ def anonymous():  # what this process has allocated; pages of the mapped file ar
 pm = ParallelManager(1, 2, "cpu")
 with torch.device("meta"):
     model = HunyuanVideo(HunyuanConfig.preset("13b", double_depth=1, single_depth=2))
-pm.shard(model, [*model.double_blocks, *model.single_blocks])
+pm.shard(model, model.blocks)
 before, peak, over = anonymous(), 0, threading.Event()
 
 def watch():
@@ -1585,10 +1588,8 @@ def test_soak(save_every, first, tmp_path):
         time.sleep(1)
         assert agent.poll() is None, (tmp_path / "printed").read_text()[-3000:]
     assert agent.wait(timeout=60) == 0 and len(seen) > 100
-    for what, name, most in (
-        (1, "KiB", 0.01),
-        (2, "handles", 1e-9),
-    ):  # the most in 30 s, as a save takes some for a moment
+    # the most in 30 s, as a save takes some for a moment
+    for what, name, most in ((1, "KiB", 0.01), (2, "handles", 1e-9)):
         for rank in range(2):
             early, late = (max(x[what][rank] for x in part) for part in (seen[:30], seen[-30:]))
             print(
@@ -1694,33 +1695,17 @@ def test_a_fault_ends_the_job_and_names_the_rank(fault, seconds, told, tmp_path)
 def test_two_nodes(kills, steps, tmp_path):
     """Two torchrun agents meet on loopback, and the exchange crosses between them; a killed rank is restarted on both, with
     the environment variable that the README asks for."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
-    agent += [
-        "--rdzv_id=two",
-        f"--rdzv_endpoint=127.0.0.1:{port}",
-        f"--max-restarts={3 * kills}",
-        "--monitor-interval=0.1",
-    ]
-    agent += [
-        "train_min.py",
-        "--sp",
-        "2",
-        "--steps",
-        str(steps),
-        "--batch",
-        "4",
-        "--save_every",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    port = free_port()
+    agent = f"-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_id=two --rdzv_endpoint=127.0.0.1:{port}"
+    agent += f" --max-restarts={3 * kills} --monitor-interval=0.1"
+    agent += f" train_min.py --sp 2 --steps {steps} --batch 4 --save_every 2 --device cpu"
     out = tmp_path / "run"
     environment, log = os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"), open(tmp_path / "printed", "w")
     nodes = [
-        subprocess.Popen([*agent, "--out", str(out)], stdout=log, stderr=log, cwd=HERE, env=environment) for _ in "12"
+        subprocess.Popen(
+            [sys.executable, *agent.split(), "--out", str(out)], stdout=log, stderr=log, cwd=HERE, env=environment
+        )
+        for _ in "12"
     ]
     try:
         for n in range(kills):

@@ -204,6 +204,23 @@ class RandomLatents:
         )
 
 
+def shapes_in(file):
+    """{name: shape} of a safetensors file."""
+    with open_safetensors(file) as handle:
+        return {name: handle.get_slice(name).get_shape() for name in handle.keys()}
+
+
+def text_fits(shapes, config):
+    """Whether there are text [L, text_dim], L > 0, and pooled [pooled_dim]."""
+    text = shapes.get("text", [])
+    return text[1:] == [config.text_dim] and text[0] > 0 and shapes.get("pooled") == [config.pooled_dim]
+
+
+def read_tensors(file, *names):
+    with open_safetensors(file) as handle:
+        return tuple(handle.get_tensor(name).float() for name in names)
+
+
 class Folder:
     """One .safetensors a sample: latents [C, T, h, w] (already times the VAE's 0.476986), text [L, 4096], pooled [768]."""
 
@@ -213,14 +230,10 @@ class Folder:
             raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
         self.config, self.shapes = config, []
         for file in self.files:
-            shapes = {}
-            with open_safetensors(file) as handle:
-                for name in handle.keys():
-                    shapes[name] = handle.get_slice(name).get_shape()
-            latents, text, pooled = (shapes.get(name, []) for name in ("latents", "text", "pooled"))
-            expected = [len(latents) == 4 and latents[0] == config.out_channels, len(text) == 2 and text[0] > 0]
-            expected += [text[1:] == [config.text_dim], pooled == [config.pooled_dim]]
-            if not all(expected) or any(n < 1 or n % p for n, p in zip(latents[1:], config.patch_size)):
+            shapes = shapes_in(file)
+            latents = shapes.get("latents", [])
+            fits = len(latents) == 4 and latents[0] == config.out_channels and text_fits(shapes, config)
+            if not fits or any(n < 1 or n % p for n, p in zip(latents[1:], config.patch_size)):
                 raise ValueError(
                     f"{file} holds {shapes}, expected latents [{config.out_channels}, T, h, w] with h, w even, "
                     f"text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
@@ -231,8 +244,7 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, i):
-        with open_safetensors(self.files[i]) as handle:
-            return i, *(handle.get_tensor(name).float() for name in ("latents", "text", "pooled"))
+        return i, *read_tensors(self.files[i], "latents", "text", "pooled")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -459,13 +471,17 @@ def check_config(config, state, path):
         raise ValueError(f"{path} is of another model: {'; '.join(wrong)}")
 
 
+def compute_dtype(args, device):
+    return getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
 def build_model(config, pm, args, path=None):
     """On the meta device first: no rank ever holds all weights. path: the checkpoint that they come from."""
     with torch.device("meta"):
         model = HunyuanVideo(config, args.attention)
-    name = args.dtype or ("bfloat16" if pm.device.type == "cuda" else "float32")
-    param_dtype = torch.bfloat16 if name == "bfloat16" else None
-    pm.shard(model, [*model.double_blocks, *model.single_blocks], param_dtype, args.shard_size, not args.no_reshard)
+    dtype = compute_dtype(args, pm.device)
+    param_dtype = None if dtype == torch.float32 else dtype
+    pm.shard(model, model.blocks, param_dtype, args.shard_size, not args.no_reshard)
     if args.weights and not path:
         load_weights(model, args.weights)
     elif not path:
@@ -494,14 +510,13 @@ def learning_rate(step, args):
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
-def check_flags(args, **ranges):
-    """ValueError for the first flag outside its (lowest, highest) value."""
-    for name, (low, high) in ranges.items():
+def check_flags(args, names, low, high=math.inf):
+    """ValueError for the first of the flags whose value is outside low .. high."""
+    for name in names.split():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(
-                f"--{name} {value} is not {f'at least {low}' if high == math.inf else f'in {low} .. {high}'}"
-            )
+            wanted = f"at least {low}" if high == math.inf else f"in {low} .. {high}"
+            raise ValueError(f"--{name} {value} is not {wanted}")
 
 
 def get_config(args):
@@ -520,12 +535,10 @@ def get_config(args):
 
 
 def train(args):
-    counts = ("steps", "batch", "accumulation", "max_skipped", "check_every", "text_tokens")
-    ranges = dict.fromkeys(counts, (1, math.inf)) | dict.fromkeys(
-        ("warmup", "save_every", "keep", "workers"), (0, math.inf)
-    )
-    ranges |= dict.fromkeys(("lr", "clip", "shift", "timeout"), (1e-9, math.inf)) | dict(caption_drop=(0.0, 1.0))
-    check_flags(args, **ranges)
+    check_flags(args, "steps batch accumulation max_skipped check_every text_tokens", 1)
+    check_flags(args, "warmup save_every keep workers", 0)
+    check_flags(args, "lr clip shift timeout", 1e-9)
+    check_flags(args, "caption_drop", 0.0, 1.0)
     config = get_config(args)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
