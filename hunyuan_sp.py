@@ -140,10 +140,11 @@ def rope_table(grid, dims, theta, start, stop, device=None):
 
 
 def rotate(x, rope):
-    """x [B, L, H, D], rope of its L tokens: channels (2i, 2i+1) turn by angle i."""
+    """x [B, L, H, D], rope = cos, sin [L, D] of its tokens: channels (2i, 2i+1) turn by one angle, at 2i sin is negative."""
     cos, sin = (table[:, None] for table in rope)
-    even, odd = widen(x).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+    wide = widen(x)
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (wide * cos + swapped * sin).to(x.dtype)
 
 
 def patchify(x, patch_size):
@@ -224,16 +225,19 @@ def attention_kernel(name):
     return fa4
 
 
-def joint_attention(q, k, v, video, text, group=None, attention=sdpa):
+def joint_attention(q, k, v, video, text, group=None, attention=sdpa, beside=None):
     """Attention over `video` tokens and the first text[b] text tokens of each sample: q, k, v [B, L/P, H, D] -> [B, L/P, C].
 
     video: tokens over all ranks; text: B valid lengths; both were split as split_sizes does, text at max(text).
     Locally video comes before text, so after the exchange the order is video0 text0 video1 text1 ..: attention does not
     care, and position is in q and k already. Padding attends to nothing and gets zeros.
+    beside: a function to be called while q, k, v travel; what it returns is returned after the attention's output.
     """
     video_sizes, text_sizes = split_sizes(video, group), split_sizes(max(text), group)
     tokens, heads = [a + b for a, b in zip(video_sizes, text_sizes)], split_sizes(q.shape[2], group)
-    q, k, v = all_to_all((q, k, v), group, 2, 1, heads, tokens)  # [B, L, H/P, D]
+    arrive = all_to_all((q, k, v), group, 2, 1, heads, tokens, async_op=True)
+    done = beside and beside()
+    q, k, v = arrive()  # [B, L, H/P, D]
     with record_function("attention"):  # its name in profiles
         if min(text) == max(text):
             out = attention(q, k, v)
@@ -248,7 +252,8 @@ def joint_attention(q, k, v, video, text, group=None, attention=sdpa):
                 )
                 for b in range(len(text))
             ])  # fmt: skip
-    return all_to_all(out, group, 1, 2, tokens, heads).flatten(2)
+    out = all_to_all(out, group, 1, 2, tokens, heads).flatten(2)
+    return (out, done) if beside else out
 
 
 def _attention_of_valid(attention, qkv, valid, tokens):
@@ -356,9 +361,7 @@ class TokenRefiner(nn.Module):
         self.individual_token_refiner.blocks = nn.ModuleList(blocks)
 
     def forward(self, text, t, lengths):
-        counts = torch.tensor(lengths, device=text.device)[:, None]
-        valid = torch.arange(text.shape[1], device=text.device) < counts
-        mean = (widen(text) * valid[..., None]).sum(1) / counts
+        mean = torch.stack([widen(row[:length]).mean(0) for row, length in zip(text, lengths)])
         condition = self.t_embedder(t) + self.c_embedder(mean.to(text.dtype))
         txt = self.input_embedder(text)
         attend = partial(joint_attention, video=0, text=lengths)
@@ -420,16 +423,22 @@ class SingleBlock(nn.Module):
 
     def forward(self, x, vec, rope, attend):
         mod = self.modulation(vec)
-        q, k, v, mlp = self.before(x, mod, rope)
-        return self.after(x, mod, attend(q, k, v), mlp)
+        q, k, v, h = self.before(x, mod, rope)
+        out, mlp = attend(q, k, v, beside=partial(self.mlp_in, h))
+        return self.after(x, mod, out, mlp)
 
     def before(self, x, mod, rope):
-        """One matrix product for q, k, v [B, (S+L)/P, H, D] and the MLP's input."""
+        """q, k, v [B, (S+L)/P, H, D], from the first rows of linear1; and what all its rows multiply."""
         shift, scale, _ = mod[:, None].chunk(3, 2)
-        hidden, qkv_dim = self.linear1(modulate(layer_norm(x), shift, scale)), 3 * x.shape[2]
-        qkv, mlp = hidden.split((qkv_dim, hidden.shape[2] - qkv_dim), 2)
+        h, rows = modulate(layer_norm(x), shift, scale), 3 * x.shape[2]
+        qkv = F.linear(h, self.linear1.weight[:rows], self.linear1.bias[:rows])
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, mlp
+        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, h
+
+    def mlp_in(self, h):
+        """The MLP's input, from the other rows of linear1: a third of the block's work, done while q, k, v travel."""
+        rows = 3 * h.shape[2]
+        return F.linear(h, self.linear1.weight[rows:], self.linear1.bias[rows:])
 
     def after(self, x, mod, out, mlp):
         gate = mod[:, None].chunk(3, 2)[2]
@@ -499,7 +508,8 @@ class HunyuanVideo(nn.Module):
         """The velocity [B, out_channels, T, h, w]; with gather=False this rank's patches of it [B, S/P, out*pt*ph*pw].
 
         latents [B, in_channels, T, h, w], h and w even; timestep [B] float in 0..1000 (1000 = noise); text [B, L, text_dim];
-        text_mask [B, L], 1 = real, right-padded (on the CPU it costs no synchronisation); pooled [B, pooled_dim];
+        text_mask [B, L], 1 = real, right-padded, or the B lengths (a mask on a GPU costs a synchronisation, and FSDP2 takes
+        it there); pooled [B, pooled_dim];
         guidance [B], scale * 1000 (the release computes 6.0 in bf16: 6016), for models that embed it.
         group: the sp process group, whose ranks must all pass equal inputs. checkpointing: none, full or attention.
         Padding influences nothing, and each sample of a batch is exactly as if alone.
@@ -543,14 +553,16 @@ class HunyuanVideo(nn.Module):
         # with this fusion the gradients of modulation's chunks, views of one buffer, are never written: pytorch issue 193061
         options = {"triton.mix_order_reduction": False}
         for block in self.blocks:
-            block.before = torch.compile(block.before, fullgraph=True, options=options)
-            block.after = torch.compile(block.after, fullgraph=True, options=options)
+            for part in ("before", "mlp_in", "after"):
+                if hasattr(block, part):
+                    setattr(block, part, torch.compile(getattr(block, part), fullgraph=True, options=options))
 
     def _rope(self, grid, video, text, group, device):
         """The rows of this rank's video tokens, then no rotation for its text tokens."""
         start = sum(split_sizes(math.prod(grid), group)[: group_rank(group)])
         config = self.config
         cos, sin = rope_table(grid, config.rope_dims, config.rope_theta, start, start + video, device)
+        cos, sin = cos.repeat_interleave(2, 1), torch.stack((-sin, sin), -1).flatten(1)
         still = cos.new_ones(text, cos.shape[1])
         return torch.cat((cos, still)), torch.cat((sin, still - 1))
 
@@ -564,9 +576,10 @@ class HunyuanVideo(nn.Module):
             if n < patch or n % patch:
                 raise ValueError(f"latent {axis} {n} is not a multiple of the patch size {patch}")
         batch, length = len(latents), text.shape[1] if text.dim() == 3 else -1
-        wanted = dict(timestep=[batch], text=[batch, length, config.text_dim], text_mask=[batch, length])
-        wanted |= dict(pooled=[batch, config.pooled_dim])
-        given = dict(timestep=timestep, text=text, text_mask=text_mask, pooled=pooled)
+        wanted = dict(timestep=[batch], text=[batch, length, config.text_dim], pooled=[batch, config.pooled_dim])
+        given = dict(timestep=timestep, text=text, pooled=pooled)
+        if isinstance(text_mask, torch.Tensor):
+            wanted, given = wanted | dict(text_mask=[batch, length]), given | dict(text_mask=text_mask)
         if config.guidance_embed != (guidance is not None):
             raise ValueError(
                 f"this model has {'a' if config.guidance_embed else 'no'} guidance embedding, "
@@ -577,7 +590,11 @@ class HunyuanVideo(nn.Module):
         for name, shape in wanted.items():
             if list(given[name].shape) != shape:
                 raise ValueError(f"{name} is {list(given[name].shape)}, expected {shape} beside {batch} latents")
-        return text_lengths(text_mask)
+        if isinstance(text_mask, torch.Tensor):
+            return text_lengths(text_mask)
+        if len(text_mask) != batch or not all(1 <= n <= length for n in text_mask):
+            raise ValueError(f"text lengths {list(text_mask)} are not {batch} of 1 .. {length}")
+        return list(text_mask)
 
 
 def text_lengths(mask):

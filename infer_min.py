@@ -89,14 +89,13 @@ def sample(model, latents, text, pooled, steps, shift, guidance=None, group=None
     batch, true_cfg = len(latents), negative is not None and cfg > 1
     if true_cfg:
         text, pooled = [*negative[0], *text], torch.cat((negative[1], pooled))
-    padded = torch.nn.utils.rnn.pad_sequence(text, batch_first=True)
-    mask = torch.arange(padded.shape[1]) < torch.tensor([len(t) for t in text])[:, None]
+    lengths, padded = [len(t) for t in text], torch.nn.utils.rnn.pad_sequence(text, batch_first=True)
     scale = guidance_input(guidance, len(text), latents.device) if model.config.guidance_embed else None
     sigmas = sigma_schedule(steps, shift)
     for now, then in zip(sigmas.tolist(), sigmas[1:].tolist()):
         t = torch.full((len(text),), 1000 * now, device=latents.device)
         both = torch.cat((latents, latents)) if true_cfg else latents
-        velocity = model(both, t, padded, mask, pooled, scale, group=group).to(latents.dtype)
+        velocity = model(both, t, padded, lengths, pooled, scale, group=group).to(latents.dtype)
         if true_cfg:
             away, towards = velocity.split(batch)
             velocity = away + cfg * (towards - away)

@@ -42,6 +42,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+import comm
 import hunyuan_sp
 import infer_min
 import train_min
@@ -59,6 +60,7 @@ from hunyuan_sp import (  # fmt: skip
     CHECKPOINTING,
     HunyuanConfig,
     HunyuanVideo,
+    SingleBlock,
     export_weight,
     forward_flops,
     init_weights,
@@ -124,12 +126,13 @@ def random_inputs(config, latents, lengths, device="cpu", seed=1):
 def check_all_to_all_moves_what_it_says(pm, folder):
     group, ranks = pm.sp_group, pm.sp_size
     tokens, heads = [3 * (r % 2) + r for r in range(ranks)], split_sizes(7, group)  # rank 0 holds nothing
-    whole = torch.randn(2, sum(tokens), 7, 3, generator=torch.Generator().manual_seed(0)).to(pm.device)
-    mine_t, mine_h = whole.split(tokens, 1)[pm.sp_rank], whole.split(heads, 2)[pm.sp_rank]
-    assert torch.equal(all_to_all(mine_t, group, 2, 1, heads, tokens), mine_h)
-    assert torch.equal(all_to_all(mine_h, group, 1, 2, tokens, heads), mine_t)
-    three = all_to_all((mine_t, -mine_t, 2 * mine_t), group, -2, -3, None, tokens)
-    assert all(torch.equal(a, b) for a, b in zip(three, (mine_h, -mine_h, 2 * mine_h)))
+    for channels in (3, 4):  # rows of 12 and of 16 bytes
+        whole = torch.randn(2, sum(tokens), 7, channels, generator=torch.Generator().manual_seed(0)).to(pm.device)
+        mine_t, mine_h = whole.split(tokens, 1)[pm.sp_rank], whole.split(heads, 2)[pm.sp_rank]
+        assert torch.equal(all_to_all(mine_t, group, 2, 1, heads, tokens), mine_h)
+        assert torch.equal(all_to_all(mine_h, group, 1, 2, tokens, heads), mine_t)
+        three = all_to_all((mine_t, -mine_t, 2 * mine_t), group, -2, -3, None, tokens)
+        assert all(torch.equal(a, b) for a, b in zip(three, (mine_h, -mine_h, 2 * mine_h)))
     for length in (1, ranks, 4 * ranks + 1):
         x = torch.arange(2.0 * length, device=pm.device).view(2, length)
         assert torch.equal(gather_sequence(split_sequence(x, group), group, length), x)
@@ -162,6 +165,42 @@ def check_collectives_are_transposes(pm, folder):
         v = draw(*x.shape).to(pm.device)
         sides = pm.sum(torch.stack(((collective(v) * y).sum(), (v * x.grad).sum())), group)
         assert abs(sides[0] - sides[1]) < 1e-10 and abs(sides[0]) > 1e-3, f"{name}: {sides.tolist()}"
+
+
+def check_work_beside_an_exchange(pm, folder):
+    """Between sending and receiving, forward and backward; the values are those of work done after it."""
+    group, order = pm.sp_group, []
+    tokens, heads = split_sizes(4, group), split_sizes(6, group)
+    x = torch.randn(1, tokens[pm.sp_rank], 6, 2, dtype=torch.float64).to(pm.device).requires_grad_()
+    h = torch.randn(3, device=pm.device, requires_grad=True)
+
+    class Work(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            order.append("work")
+            return h * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            order.append("work")
+            return grad * 2
+
+    def logged(owner, name):
+        method = getattr(owner, name)
+        return mock.patch.object(owner, name, lambda *a: (order.append(name), method(*a))[1])
+
+    model = random_model(replace(CONFIG, double_depth=0, single_depth=1), pm.device)
+    with logged(comm._Exchange, "send"), logged(comm._Exchange, "receive"), logged(SingleBlock, "mlp_in"):
+        model(**random_inputs(CONFIG, (1, 4, 6), (3,), pm.device), group=group, gather=False)
+        assert order == (["send", "mlp_in", "receive", "send", "receive"] if pm.sp_size > 1 else ["mlp_in"])
+        order.clear()
+        arrive = all_to_all(x, group, 2, 1, heads, tokens, async_op=True)
+        worked = Work.apply(h)
+        out = arrive()
+        out.square().sum().add(worked.sum()).backward()
+    assert order == (["send", "work", "receive"] * 2 if pm.sp_size > 1 else ["work", "work"])
+    assert torch.equal(out, all_to_all(x, group, 2, 1, heads, tokens))
+    assert torch.equal(x.grad, 2 * x) and torch.equal(h.grad, torch.full_like(h, 2))
 
 
 CASES = {  # latents (T, h, w), valid text lengths
@@ -1189,6 +1228,8 @@ def bad_model_inputs():
         "timestep is [1], expected [2]": dict(timestep=good["timestep"][:1]),
         "text is [2, 5, 7], expected [2, 5, 12]": dict(text=good["text"][..., :7]),
         "text_mask is [2, 3], expected [2, 5]": dict(text_mask=mask[:, :3]),
+        "text lengths [5, 0] are not 2 of 1 .. 5": dict(text_mask=[5, 0]),
+        "text lengths [4] are not 2 of 1 .. 5": dict(text_mask=[4]),
         "pooled is [2, 5], expected [2, 6]": dict(pooled=good["pooled"][:, :5]),
         "checkpointing 'some' is none of none, full, attention": dict(checkpointing="some"),
     }  # fmt: skip
@@ -1201,6 +1242,11 @@ def test_bad_model_inputs():
     for model, inputs, told in bad_model_inputs():
         with pytest.raises(ValueError, match=re.escape(told)):
             model(**inputs)
+
+
+def test_a_mask_or_its_lengths():
+    model, inputs = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (4, 2))
+    assert torch.equal(model(**inputs), model(**inputs | dict(text_mask=[4, 2])))
 
 
 @pytest.mark.parametrize("arguments, told", [

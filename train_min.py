@@ -39,6 +39,7 @@ from hunyuan_sp import (
     load_weights,
     open_safetensors,
     patchify,
+    text_lengths,
 )
 from sampler import DPSPBatchSampler
 
@@ -102,12 +103,15 @@ def parse(argv=None):
         "--check_every", type=int, default=100, help="steps between checks that sp ranks share their samples"
     )
     p.add_argument("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
-    p.add_argument("--workers", type=int, default=0, help="processes that load data, for each rank")
+    p.add_argument(
+        "--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)"
+    )
     add_common_flags(p)
     args = p.parse_args(argv)
     big = args.config != "tiny"
     args.lr = (1e-5 if big else 2e-3) if args.lr is None else args.lr
     args.checkpointing = args.checkpointing or ("attention" if big else "none")
+    args.workers = int(big) if args.workers is None else args.workers
     return args
 
 
@@ -283,8 +287,10 @@ def collate(items, seed, shift, caption_drop):
 def flow_loss(model, batch, guidance, group, checkpointing="none"):
     """The sum over this rank's tokens of their mean squared error, to be divided by the global token count."""
     config = model.config
-    keep = ("latents", "timestep", "text", "text_mask", "pooled")
-    inputs = {name: batch[name] for name in keep}
+    inputs = {name: batch[name] for name in ("latents", "timestep", "text", "pooled")}
+    inputs["text_mask"] = text_lengths(
+        batch["text_mask"]
+    )  # a list: FSDP2 would take the mask to the GPU, to be fetched back
     scale = guidance_input(guidance, len(batch["latents"]), batch["latents"].device) if config.guidance_embed else None
     velocity = model(**inputs, guidance=scale, group=group, gather=False, checkpointing=checkpointing)
     target = split_sequence(patchify(batch["target"], config.patch_size), group)
@@ -552,7 +558,12 @@ def train(args):
     rules = dict(seed=args.seed, shift=args.shift, caption_drop=args.caption_drop)
     pinned = pm.device.type == "cuda"
     loader = DataLoader(
-        data, batch_sampler=sampler, collate_fn=partial(collate, **rules), num_workers=args.workers, pin_memory=pinned
+        data,
+        batch_sampler=sampler,
+        collate_fn=partial(collate, **rules),
+        num_workers=args.workers,
+        pin_memory=pinned,
+        worker_init_fn=forget_signals,
     )
     asked = catch_signals()
 
@@ -634,6 +645,12 @@ def train(args):
         if saved and not args.data and args.config == "tiny":
             print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
     return pm
+
+
+def forget_signals(_):
+    """In a process that loads data: a signal is the training's, and so are the connections that its handler uses."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def catch_signals():
