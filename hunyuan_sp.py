@@ -550,8 +550,9 @@ class HunyuanVideo(nn.Module):
 
     def compile_blocks(self):
         """torch.compile on each side of attention: whole graphs, nothing of ranks in them, the same for all blocks."""
-        # with this fusion the gradients of modulation's chunks, views of one buffer, are never written: pytorch issue 193061
-        options = {"triton.mix_order_reduction": False}
+        # with the fusion the gradients of modulation's chunks, views of one buffer, are never written: pytorch issue 193061;
+        # whether rows are padded is timed anew for the recomputation, which then may not fit what forward kept
+        options = {"triton.mix_order_reduction": False, "shape_padding": False}
         for block in self.blocks:
             for part in ("before", "mlp_in", "after"):
                 if hasattr(block, part):
