@@ -170,7 +170,9 @@ class _Exchange:
         self.work = dist.all_to_all_single(
             self.buffer, buffer, received, sent, group=self.group, async_op=self.async_op
         )
-        if self.async_op and buffer.is_cuda:  # a matrix product that starts first has all multiprocessors until it ends
+        if (
+            self.async_op and buffer.is_cuda
+        ):  # a matrix product that starts first takes all multiprocessors until it ends
             torch.cuda._sleep(10_000)  # cycles: 5 microseconds
 
     @record_function("all_to_all")

@@ -926,6 +926,21 @@ def test_shares_of_a_profile():
     assert train_min.shares([]) == {}
 
 
+@pytest.mark.parametrize("seconds, told", [
+    ((100.0, 50.0, 2.0, 4.0, 3.0, 90.0), dict(s_per_step=3.0, timed_steps=3)),
+    ((100.0, 50.0, 90.0), dict(s_per_step=50.0, timed_steps=0)),
+    ((100.0,), dict(s_per_step=100.0, timed_steps=0)),
+])  # fmt: skip
+def test_the_median_step_of_a_benchmark(tmp_path, capsys, seconds, told):
+    """Neither the first two, which compile and whose backward is of zeros, nor the last one, under the profiler."""
+    pm = types.SimpleNamespace(is_main=True, device=torch.device("cpu"), world_size=1)
+    progress = train_min.Progress(pm, tmp_path, len(seconds), 0)
+    progress.seconds, progress.losses = [(s, 1, 1.0) for s in seconds], [1.0] * len(seconds)
+    progress.end(types.SimpleNamespace(shares={}))
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {key: report[key] for key in told} == told
+
+
 class CountAttention(TorchDispatchMode):
     count = 0
 

@@ -419,8 +419,10 @@ class Progress:
             return
         print(curve([loss for loss in self.losses if math.isfinite(loss)] or [0.0]))
         timed = self.seconds[:-1] or self.seconds if looked else self.seconds
-        warm = timed[min(2, len(timed) - 1) :]  # the first steps compile, allocate and warm up
+        # the first steps compile and allocate; and their backward multiplies zeros, since blocks begin as the identity
+        warm = timed[2:] or timed[-1:]
         speed = rates(self.pm, *sorted(warm)[len(warm) // 2])  # the median step
+        speed["timed_steps"] = len(timed[2:])
         print(json.dumps(speed | (looked.shares if looked else {}) | dict(skipped=self.skipped)), flush=True)
 
 
