@@ -1785,7 +1785,7 @@ def test_two_nodes(kills, steps, tmp_path):
 
 
 def test_cost_model():
-    """The README's own lines against its own table: every measured time to 10 %."""
+    """The README's own lines against its own table: every time measured with this version to 3 %."""
     readme, space = (HERE / "README.md").read_text(), {}
     (code,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "def seconds" in b)
     exec(code, space)
@@ -1796,14 +1796,14 @@ def test_cost_model():
         cells = [cell.strip(" *") for cell in row.split("|")]
         work, blocks = cells[0] or work, cells[1] or blocks
         for fa4, cell in enumerate(cells[3:5]):
-            if cell:
+            if cell and "†" not in cell:
                 video = int(re.search(r"([\d,]+) tokens", work)[1].replace(",", ""))
                 depth = sum(int(n) for n in blocks.split("+"))
                 ours = space["seconds"](video, depth, int(cells[2]), "training" in work, bool(fa4))
                 measured = float(cell.split()[0])
-                assert abs(ours / measured - 1) < 0.1, f"{work}, fa4 {fa4}: {ours:.2f} s, measured {measured} s"
+                assert abs(ours / measured - 1) < 0.03, f"{work}, fa4 {fa4}: {ours:.2f} s, measured {measured} s"
                 checked += 1
-    assert checked == 14
+    assert checked == 8
 
 
 def test_measure_reads_the_pixels():
