@@ -140,7 +140,7 @@ def rope_table(grid, dims, theta, start, stop, device=None):
 
 
 def rotate(x, rope):
-    """x [B, L, H, D], rope = cos, sin [L, D] of its tokens: channels (2i, 2i+1) turn by one angle, at 2i sin is negative."""
+    """x [B, L, H, D], rope = cos, sin [L, D] of its tokens: channels 2i and 2i+1 turn by the same angle, sin negative at 2i."""
     cos, sin = (table[:, None] for table in rope)
     wide = widen(x)
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -436,7 +436,7 @@ class SingleBlock(nn.Module):
         return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, h
 
     def mlp_in(self, h):
-        """The MLP's input, from the other rows of linear1: a third of the block's work, done while q, k, v travel."""
+        """The MLP's input, from the other rows of linear1: a third of the block's products, done while q, k, v travel."""
         rows = 3 * h.shape[2]
         return F.linear(h, self.linear1.weight[rows:], self.linear1.bias[rows:])
 
@@ -508,9 +508,9 @@ class HunyuanVideo(nn.Module):
         """The velocity [B, out_channels, T, h, w]; with gather=False this rank's patches of it [B, S/P, out*pt*ph*pw].
 
         latents [B, in_channels, T, h, w], h and w even; timestep [B] float in 0..1000 (1000 = noise); text [B, L, text_dim];
-        text_mask [B, L], 1 = real, right-padded, or the B lengths (a mask on a GPU costs a synchronisation, and FSDP2 takes
-        it there); pooled [B, pooled_dim];
-        guidance [B], scale * 1000 (the release computes 6.0 in bf16: 6016), for models that embed it.
+        text_mask [B, L], 1 = real, right-padded, or a list of the B lengths (a mask on a GPU costs a synchronisation, and
+        FSDP2 takes it there); pooled [B, pooled_dim]; guidance [B], scale * 1000 (the release computes 6.0 in bf16: 6016),
+        for models that embed it.
         group: the sp process group, whose ranks must all pass equal inputs. checkpointing: none, full or attention.
         Padding influences nothing, and each sample of a batch is exactly as if alone.
         ValueError for inputs that do not fit, before anything is exchanged.
@@ -550,7 +550,7 @@ class HunyuanVideo(nn.Module):
 
     def compile_blocks(self):
         """torch.compile on each side of attention: whole graphs, nothing of ranks in them, the same for all blocks."""
-        # with the fusion the gradients of modulation's chunks, views of one buffer, are never written: pytorch issue 193061;
+        # with this fusion the gradients of modulation's chunks, views of one buffer, are never written: pytorch issue 193061;
         # whether rows are padded is timed anew for the recomputation, which then may not fit what forward kept
         options = {"triton.mix_order_reduction": False, "shape_padding": False}
         for block in self.blocks:

@@ -131,6 +131,8 @@ def check_all_to_all_moves_what_it_says(pm, folder):
         mine_t, mine_h = whole.split(tokens, 1)[pm.sp_rank], whole.split(heads, 2)[pm.sp_rank]
         assert torch.equal(all_to_all(mine_t, group, 2, 1, heads, tokens), mine_h)
         assert torch.equal(all_to_all(mine_h, group, 1, 2, tokens, heads), mine_t)
+        every_other = torch.stack((mine_t, mine_t), -1)[..., 0]
+        assert torch.equal(all_to_all(every_other, group, 2, 1, heads, tokens), mine_h)
         three = all_to_all((mine_t, -mine_t, 2 * mine_t), group, -2, -3, None, tokens)
         assert all(torch.equal(a, b) for a, b in zip(three, (mine_h, -mine_h, 2 * mine_h)))
     for length in (1, ranks, 4 * ranks + 1):
@@ -1223,6 +1225,25 @@ def test_sampler_through_workers():
     assert next(stream)["weight"].tolist() == [1, 1] and sampler.consumed == 0
     sampler.advance()
     assert next(stream)["weight"].tolist() == [1, 0] and sampler.consumed == 4
+
+
+class Handlers:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _):
+        return [signal.getsignal(number) is signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGUSR1)]
+
+
+def test_signals_are_not_for_processes_that_load_data():
+    """They inherit the handlers, and with them a connection that is the training's alone."""
+    before = [signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    try:
+        loader = DataLoader(Handlers(), num_workers=1, worker_init_fn=train_min.forget_signals, collate_fn=list)
+        assert list(loader) == [[[True, True]]]
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before):
+            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -288,9 +288,7 @@ def flow_loss(model, batch, guidance, group, checkpointing="none"):
     """The sum over this rank's tokens of their mean squared error, to be divided by the global token count."""
     config = model.config
     inputs = {name: batch[name] for name in ("latents", "timestep", "text", "pooled")}
-    inputs["text_mask"] = text_lengths(
-        batch["text_mask"]
-    )  # a list: FSDP2 would take the mask to the GPU, to be fetched back
+    inputs["text_mask"] = text_lengths(batch["text_mask"])  # FSDP2 would take the mask to the GPU, to be fetched back
     scale = guidance_input(guidance, len(batch["latents"]), batch["latents"].device) if config.guidance_embed else None
     velocity = model(**inputs, guidance=scale, group=group, gather=False, checkpointing=checkpointing)
     target = split_sequence(patchify(batch["target"], config.patch_size), group)
