@@ -529,6 +529,7 @@ class HunyuanVideo(nn.Module):
         # from here on every token lives on one rank
         img = self.img_in(split_sequence(patchify(latents, self.config.patch_size), group))  # [B, S/P, C]
         txt = split_sequence(self.txt_in(text, timestep, lengths), group)  # [B, L/P, C]
+        txt = txt.clone(memory_format=torch.contiguous_format)  # a slice's strides would be a graph of their own
         rope = self._rope(grid, img.shape[1], txt.shape[1], group, img.device)
         attend = partial(joint_attention, video=video, text=lengths, group=group, attention=self.attention)
 
@@ -551,7 +552,7 @@ class HunyuanVideo(nn.Module):
     def compile_blocks(self):
         """torch.compile on each side of attention: whole graphs, nothing of ranks in them, the same for all blocks."""
         # with this fusion the gradients of modulation's chunks, views of one buffer, are never written: pytorch issue 193061;
-        # whether rows are padded is timed anew for the recomputation, which then may not fit what forward kept
+        # whether rows are padded is decided by timing: of two graphs for the same rows one may keep what the other can't recompute
         options = {"triton.mix_order_reduction": False, "shape_padding": False}
         for block in self.blocks:
             for part in ("before", "mlp_in", "after"):

@@ -267,6 +267,20 @@ def check_bfloat16(pm, folder):
     assert truth.norm() > 0 and (ours - truth).norm() <= 2e-2 * truth.norm()
 
 
+def check_blocks_are_compiled_once(pm, folder):
+    """One graph for each side of attention, in every block, forward and recomputed, although text arrives as a slice."""
+    model = random_model(replace(CONFIG, double_depth=2, single_depth=2), pm.device)
+    compiler, counters = torch.compile, torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    with mock.patch.object(torch, "compile", lambda part, **_: compiler(part, fullgraph=True, backend="eager")):
+        model.compile_blocks()
+    inputs = random_inputs(CONFIG, (2, 8, 8), (2 * pm.sp_size + 1,), pm.device)
+    for _ in range(2):
+        model(**inputs, group=pm.sp_group, checkpointing="attention").sum().backward()
+        assert counters["stats"]["unique_graphs"] == 5
+
+
 def check_activation_memory(pm, folder):
     """What backward keeps, weights aside, is shared out over the sp ranks: together no more than one device's, to 10 %."""
     model, inputs = random_model(CONFIG, pm.device), random_inputs(CONFIG, (4, 24, 24), (3,), pm.device)
