@@ -74,7 +74,7 @@ def all_to_all(x, group, scatter_dim, gather_dim, scatter_sizes=None, gather_siz
     `split_sizes` of the whole, and the same as here on every rank. ValueError where x does not fit them.
     async_op: return at once, with a function that waits and gives the result. What is computed before it is called runs
     beside the exchange, and its backward beside the exchange of backward.
-    With group=None it is the identity. Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3.
+    With group=None, or a group of one, it is the identity. Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3.
     """
     one = not isinstance(x, tuple)
     xs = (x,) if one else x
@@ -152,6 +152,7 @@ class _Exchange:
 
     @record_function("all_to_all")  # its name in profiles
     def send(self, xs):
+        """Begin: a buffer with one piece for each rank leaves, another one waits for as many."""
         xs = [x.movedim(self.outer, 0) for x in xs]
         self.middle, self.rest = (*xs[0].shape[1 : self.inner], len(xs)), xs[0].shape[self.inner + 1 :]
         rank, ranks = group_rank(self.group), group_size(self.group)
@@ -170,13 +171,12 @@ class _Exchange:
         self.work = dist.all_to_all_single(
             self.buffer, buffer, received, sent, group=self.group, async_op=self.async_op
         )
-        if (
-            self.async_op and buffer.is_cuda
-        ):  # a matrix product that starts first takes all multiprocessors until it ends
-            torch.cuda._sleep(10_000)  # cycles: 5 microseconds
+        if self.async_op and buffer.is_cuda:
+            torch.cuda._sleep(10_000)  # 5 us: a matrix product that starts first has all multiprocessors until it ends
 
     @record_function("all_to_all")
     def receive(self):
+        """End: what has arrived, as tensors."""
         if self.work:
             self.work.wait()
         if self.rows_first:
