@@ -928,11 +928,15 @@ def test_profile_names_what_is_in_it(tmp_path):
     assert code == 0, printed
     for rank in range(2):
         with gzip.open(tmp_path / f"trace-{rank}.json.gz") as file:
-            names = [event.get("name") for event in json.load(file)["traceEvents"]]
+            events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+        names = [event["name"] for event in events]
         for name in ("double_block 0", "double_block 1", "single_block 0", "single_block 1"):
             assert names.count(name) == 2, name  # once forward, once recomputed
         assert names.count("attention") >= 8 and names.count("all_to_all") >= 4 * 2 * 3
         assert names.count("Optimizer.step#AdamW.step") == 1
+        blocks = [(e["ts"], e["ts"] + e["dur"]) for e in events if re.fullmatch(r"(double|single)_block \d", e["name"])]
+        waits = [e for e in events if re.search(r"aten::(item|_local_scalar_dense|is_nonzero)|Synchronize", e["name"])]
+        assert waits and not [e for e in waits if any(start <= e["ts"] <= end for start, end in blocks)]
 
 
 def test_shares_of_a_profile():
