@@ -550,14 +550,17 @@ class HunyuanVideo(nn.Module):
         return [*self.double_blocks, *self.single_blocks]
 
     def compile_blocks(self):
-        """torch.compile on each side of attention: whole graphs, nothing of ranks in them, the same for all blocks."""
+        """torch.compile on each side of attention: whole graphs, nothing of ranks in them, the same for all blocks.
+
+        Other sizes are compiled anew, up to eight times, the second time for any size above 1; after that they run uncompiled.
+        """
         # with this fusion the gradients of modulation's chunks, views of one buffer, are never written: pytorch issue 193061;
         # whether rows are padded is decided by timing: of two graphs for the same rows one may keep what the other can't recompute
         options = {"triton.mix_order_reduction": False, "shape_padding": False}
         for block in self.blocks:
             for part in ("before", "mlp_in", "after"):
                 if hasattr(block, part):
-                    setattr(block, part, torch.compile(getattr(block, part), fullgraph=True, options=options))
+                    setattr(block, part, torch.compile(getattr(block, part), options=options))
 
     def _rope(self, grid, video, text, group, device):
         """The rows of this rank's video tokens, then no rotation for its text tokens."""

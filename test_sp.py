@@ -10,6 +10,7 @@
 Everything is compared with one device (group=None) in float64 at sizes that do not divide: what is left is summation order.
 """
 
+import contextlib
 import copy
 import gzip
 import json
@@ -998,6 +999,24 @@ def test_compiled_blocks_have_the_same_gradients():
         compiled(**x, checkpointing="attention").sum().backward()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and set(graphs[1:]) == {graphs[1]}, f"recompiled: {graphs}"
+
+
+def test_more_sizes_than_graphs():
+    """Dynamo compiles a function at most eight times, and sizes 0 and 1 apart: what comes then runs as it is."""
+    plain, compiled, compiler = random_model(CONFIG), random_model(CONFIG), torch.compile
+    torch._dynamo.reset()
+    with mock.patch.object(torch, "compile", lambda part, options, **how: compiler(part, backend="eager", **how)):
+        compiled.compile_blocks()
+    for seed in range(60):
+        draw = random.Random(seed)
+        latents, lengths = (draw.choice((1, 3)), 2, draw.choice((2, 6))), [draw.choice((1, 4))] * draw.choice((1, 2))
+        inputs = random_inputs(CONFIG, latents, lengths, seed=seed)
+        with contextlib.nullcontext() if seed % 3 else torch.no_grad():
+            outs = [model(**inputs, checkpointing="attention") for model in (plain, compiled)]
+            close(*outs)
+        if seed % 3:
+            close(*(torch.autograd.grad(o.sum(), m.img_in.proj.weight)[0] for o, m in zip(outs, (plain, compiled))))
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's kernels need a GPU")
