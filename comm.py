@@ -16,7 +16,6 @@ gradient is the plain sum over all dp × sp ranks. There is no other factor, for
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -143,12 +142,10 @@ class _Exchange:
         self.outer, self.inner = sorted((scatter_dim, gather_dim))
         self.rows_first = scatter_dim == self.outer
 
-    def pieces(self, buffer, scattered, gathered):
-        """The parts of a flat buffer, one a rank: [outer, .., tensors, inner, ..]."""
+    def shapes(self, scattered, gathered):
+        """Of the pieces on the wire, one a rank: [outer, .., tensors, inner, ..]."""
         outer, inner = (scattered, gathered) if self.rows_first else (gathered, scattered)
-        shapes = [(o, *self.middle, i, *self.rest) for o, i in zip(outer, inner)]
-        counts = [torch.Size(shape).numel() for shape in shapes]
-        return counts, [part.view(shape) for part, shape in zip(buffer.split(counts), shapes)]
+        return [(o, *self.middle, i, *self.rest) for o, i in zip(outer, inner)]
 
     @record_function("all_to_all")  # its name in profiles
     def send(self, xs):
@@ -156,20 +153,19 @@ class _Exchange:
         xs = [x.movedim(self.outer, 0) for x in xs]
         self.middle, self.rest = (*xs[0].shape[1 : self.inner], len(xs)), xs[0].shape[self.inner + 1 :]
         rank, ranks = group_rank(self.group), group_size(self.group)
-        here = ranks * [self.gather_sizes[rank]]
+        sent = self.shapes(self.scatter_sizes, ranks * [self.gather_sizes[rank]])
+        self.received = self.shapes(ranks * [self.scatter_sizes[rank]], self.gather_sizes)
+        counts, self.counts = [[torch.Size(shape).numel() for shape in shapes] for shapes in (sent, self.received)]
         if self.rows_first:
             buffer = (torch.stack(xs, self.inner) if len(xs) > 1 else xs[0]).contiguous().flatten()
-            sent, _ = self.pieces(buffer, self.scatter_sizes, here)
         else:
-            buffer = xs[0].new_empty(sum(x.numel() for x in xs))
-            sent, pieces = self.pieces(buffer, self.scatter_sizes, here)
-            for piece, parts in zip(pieces, zip(*(x.split(self.scatter_sizes, self.inner) for x in xs))):
-                _copy(piece.unbind(self.inner), parts)
-        size = self.scatter_sizes[rank] * sum(self.gather_sizes) * math.prod((*self.middle, *self.rest))
-        self.buffer = buffer.new_empty(size)
-        received, self.received = self.pieces(self.buffer, ranks * [self.scatter_sizes[rank]], self.gather_sizes)
+            buffer = xs[0].new_empty(sum(counts))
+            columns = zip(*(x.split(self.scatter_sizes, self.inner) for x in xs))
+            for piece, shape, parts in zip(buffer.split(counts), sent, columns):
+                _copy(piece.view(shape).unbind(self.inner), parts)
+        self.buffer = buffer.new_empty(sum(self.counts))
         self.work = dist.all_to_all_single(
-            self.buffer, buffer, received, sent, group=self.group, async_op=self.async_op
+            self.buffer, buffer, self.counts, counts, group=self.group, async_op=self.async_op
         )
         if self.async_op and buffer.is_cuda:
             torch.cuda._sleep(10_000)  # 5 us: a matrix product that starts first has all multiprocessors until it ends
@@ -180,14 +176,15 @@ class _Exchange:
         if self.work:
             self.work.wait()
         if self.rows_first:
-            shape = list(self.received[0].select(self.inner, 0).shape)
-            shape[self.inner] = sum(self.gather_sizes)
-            outs = [self.buffer.new_empty(shape) for _ in range(self.middle[-1])]
-            for piece, parts in zip(self.received, zip(*(out.split(self.gather_sizes, self.inner) for out in outs))):
-                _copy(parts, piece.unbind(self.inner))
+            *middle, count = self.middle
+            shape = (self.received[0][0], *middle, sum(self.gather_sizes), *self.rest)
+            outs = [self.buffer.new_empty(shape) for _ in range(count)]
+            columns = zip(*(out.split(self.gather_sizes, self.inner) for out in outs))
+            for piece, shape, parts in zip(self.buffer.split(self.counts), self.received, columns):
+                _copy(parts, piece.view(shape).unbind(self.inner))
         else:
-            outs = self.buffer.view(sum(self.gather_sizes), *self.received[0].shape[1:]).unbind(self.inner)
-        self.buffer = self.received = self.work = None
+            outs = self.buffer.view(sum(self.gather_sizes), *self.received[0][1:]).unbind(self.inner)
+        self.buffer = self.work = None
         return tuple(out.movedim(0, self.outer) for out in outs)
 
 
