@@ -4,26 +4,33 @@ Attention mixes tokens but not heads, everything else mixes heads but not tokens
 around attention the ranks trade them for heads. 4 tokens × 4 heads on 2 ranks, a cell is (token, head):
 
       rank 0            rank 1                               rank 0      rank 1
-    00 01|02 03       20 21|22 23     all_to_all(q, 2, 1)    00 01       02 03
-    10 11|12 13       30 31|32 33     ------------------>    10 11       12 13
-                                      <------------------    20 21       22 23
-    half the tokens, all heads        all_to_all(o, 1, 2)    30 31       32 33
+    00 01|02 03       20 21|22 23     scatter heads,         00 01       02 03
+    10 11|12 13       30 31|32 33     gather tokens -->      10 11       12 13
+                                      <-- scatter tokens,    20 21       22 23
+    half the tokens, all heads            gather heads       30 31       32 33
                                                              all tokens, half the heads
 
 The gradient rule: each collective's backward is the exact transpose of its forward, so that autograd gives, on every rank,
 the gradient of the SUM over ranks of the local losses. With `local loss = sum over my tokens / global count`, a parameter's
 gradient is the plain sum over all dp × sp ranks. There is no other factor, for any parameter, at any uneven length.
+
+    $ torchrun --nproc_per_node=3 comm.py    # 7 tokens × 5 heads: what each rank holds before and after
+
+In this order: sizes, collectives, ParallelManager; then what insures a long run, checkpoints and faults.
 """
 
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import time
+import traceback
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,8 +42,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.profiler import record_function
 
@@ -64,138 +70,72 @@ def split_sizes(length, group):
 # collectives: each stands beside its transpose
 
 
-def all_to_all(x, group, scatter_dim, gather_dim, scatter_sizes=None, gather_sizes=None, async_op=False):
-    """Give away `scatter_dim`, collect `gather_dim`; the transpose (and backward) is the same call with the two swapped.
+@record_function("all_to_all")  # its name in profiles
+def all_to_all(x, group, scatter_dim, gather_dim, scatter_sizes, gather_sizes):
+    """Give away `scatter_dim`, collect `gather_dim`; the transpose, and backward, is the same call with the two swapped.
 
-    x: a tensor, or a tuple of equally shaped ones that travel in one collective. Whole along scatter_dim, this rank's part
-    along gather_dim; the result is this rank's part along scatter_dim, whole along gather_dim.
-    scatter_sizes, gather_sizes: the length that each rank has of that dim, equal on all ranks, zeros allowed. By default
-    `split_sizes` of the whole, and the same as here on every rank. ValueError where x does not fit them.
-    async_op: return at once, with a function that waits and gives the result. What is computed before it is called runs
-    beside the exchange, and its backward beside the exchange of backward.
-    With group=None, or a group of one, it is the identity. Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3.
+    x is whole along scatter_dim and this rank's part along gather_dim; the result is this rank's part along scatter_dim
+    and whole along gather_dim. What travels together is stacked along another dim: q, k, v [B, L/P, 3, H, D].
+    scatter_sizes, gather_sizes: the length that each rank has of that dim; equal on all ranks, zeros allowed.
+    ValueError where x does not fit them. With a group of one, or None, it is the identity.
+    Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3.
     """
-    one = not isinstance(x, tuple)
-    xs = (x,) if one else x
-    scatter_dim, gather_dim = scatter_dim % xs[0].dim(), gather_dim % xs[0].dim()
-    held = (xs[0].shape[scatter_dim], xs[0].shape[gather_dim])
-    scatter_sizes = scatter_sizes or split_sizes(held[0], group)
-    gather_sizes = gather_sizes or [held[1]] * group_size(group)
-    if len(scatter_sizes) != group_size(group) or len(gather_sizes) != group_size(group):
-        raise ValueError(f"{group_size(group)} ranks need as many sizes, got {scatter_sizes} and {gather_sizes}")
-    if held != (sum(scatter_sizes), gather_sizes[group_rank(group)]) or any(t.shape != xs[0].shape for t in xs):
+    ranks, rank = group_size(group), group_rank(group)
+    if len(scatter_sizes) != ranks or len(gather_sizes) != ranks:
+        raise ValueError(f"{ranks} ranks need as many sizes, got {scatter_sizes} and {gather_sizes}")
+    if (x.shape[scatter_dim], x.shape[gather_dim]) != (sum(scatter_sizes), gather_sizes[rank]):
         raise ValueError(
-            f"rank {group_rank(group)} of the group holds {[tuple(t.shape) for t in xs]}, which does not fit the sizes "
-            f"{scatter_sizes} of dim {scatter_dim} and {gather_sizes} of dim {gather_dim}"
+            f"rank {rank} of the group holds {list(x.shape)}, which does not fit the sizes {scatter_sizes} of "
+            f"dim {scatter_dim} and {gather_sizes} of dim {gather_dim}"
         )
-    if group_size(group) == 1:
-        return (lambda: x) if async_op else x
-    there = _Exchange(group, scatter_dim, gather_dim, scatter_sizes, gather_sizes, async_op)
-    back = _Exchange(group, gather_dim, scatter_dim, gather_sizes, scatter_sizes, async_op)
-    ticket = _Send.apply(there, back, *xs)
-
-    def wait():
-        out = _Receive.apply(there, back, ticket)
-        return out[0] if one else out
-
-    return wait if async_op else wait()
+    if ranks == 1:
+        return x
+    return _AllToAll.apply(x, group, scatter_dim % x.dim(), gather_dim % x.dim(), scatter_sizes, gather_sizes)
 
 
-class _Send(torch.autograd.Function):
-    """Forward sends, backward receives: what lies between the two in forward lies between them in backward.
-
-    The ticket, an empty tensor, is what ties them together for autograd.
-    """
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, scatter_dim, gather_dim, scatter_sizes, gather_sizes):
+        ctx.transpose = group, gather_dim, scatter_dim, gather_sizes, scatter_sizes
+        leaving = _shapes(x.shape, scatter_dim, scatter_sizes)  # leaving[j] is for rank j
+        arriving = _shapes(
+            leaving[group_rank(group)], gather_dim, gather_sizes
+        )  # arriving[j] is what rank j has for us
+        counts_out, counts_in = ([math.prod(shape) for shape in shapes] for shapes in (leaving, arriving))
+        received = x.new_empty(sum(counts_in))
+        dist.all_to_all_single(received, _cut(x, scatter_dim, leaving), counts_in, counts_out, group=group)
+        return _join(received, gather_dim, arriving)
 
     @staticmethod
-    def forward(ctx, there, back, *xs):
-        ctx.back = back
-        there.send(xs)
-        return xs[0].new_empty(0)
-
-    @staticmethod
-    def backward(ctx, _):
-        return None, None, *ctx.back.receive()
+    def backward(ctx, grad):
+        return all_to_all(grad, *ctx.transpose), None, None, None, None, None
 
 
-class _Receive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, there, back, ticket):
-        ctx.back = back
-        return there.receive()
-
-    @staticmethod
-    def backward(ctx, *grads):
-        ctx.back.send(grads)
-        return None, None, grads[0].new_empty(0)
+def _shapes(shape, dim, sizes):
+    """Those of the pieces when `shape` is cut along dim into these sizes."""
+    return [shape[:dim] + (size,) + shape[dim + 1 :] for size in sizes]
 
 
-class _Exchange:
-    """One all-to-all of some tensors, begun by `send` and ended by `receive`.
-
-    On the wire the outer of the two dims comes first: what arrives along it is in order already, one copy each way.
-    """
-
-    def __init__(self, group, scatter_dim, gather_dim, scatter_sizes, gather_sizes, async_op):
-        self.group, self.async_op = group, async_op
-        self.scatter_sizes, self.gather_sizes = scatter_sizes, gather_sizes
-        self.outer, self.inner = sorted((scatter_dim, gather_dim))
-        self.rows_first = scatter_dim == self.outer
-
-    def shapes(self, scattered, gathered):
-        """Of the pieces on the wire, one a rank: [outer, .., tensors, inner, ..]."""
-        outer, inner = (scattered, gathered) if self.rows_first else (gathered, scattered)
-        return [(o, *self.middle, i, *self.rest) for o, i in zip(outer, inner)]
-
-    @record_function("all_to_all")  # its name in profiles
-    def send(self, xs):
-        """Begin: a buffer with one piece for each rank leaves, another one waits for as many."""
-        xs = [x.movedim(self.outer, 0) for x in xs]
-        self.middle, self.rest = (*xs[0].shape[1 : self.inner], len(xs)), xs[0].shape[self.inner + 1 :]
-        rank, ranks = group_rank(self.group), group_size(self.group)
-        sent = self.shapes(self.scatter_sizes, ranks * [self.gather_sizes[rank]])
-        self.received = self.shapes(ranks * [self.scatter_sizes[rank]], self.gather_sizes)
-        counts, self.counts = [[torch.Size(shape).numel() for shape in shapes] for shapes in (sent, self.received)]
-        if self.rows_first:
-            buffer = (torch.stack(xs, self.inner) if len(xs) > 1 else xs[0]).contiguous().flatten()
-        else:
-            buffer = xs[0].new_empty(sum(counts))
-            columns = zip(*(x.split(self.scatter_sizes, self.inner) for x in xs))
-            for piece, shape, parts in zip(buffer.split(counts), sent, columns):
-                _copy(piece.view(shape).unbind(self.inner), parts)
-        self.buffer = buffer.new_empty(sum(self.counts))
-        self.work = dist.all_to_all_single(
-            self.buffer, buffer, self.counts, counts, group=self.group, async_op=self.async_op
-        )
-        if self.async_op and buffer.is_cuda:
-            torch.cuda._sleep(10_000)  # 5 us: a matrix product that starts first has all multiprocessors until it ends
-
-    @record_function("all_to_all")
-    def receive(self):
-        """End: what has arrived, as tensors."""
-        if self.work:
-            self.work.wait()
-        if self.rows_first:
-            *middle, count = self.middle
-            shape = (self.received[0][0], *middle, sum(self.gather_sizes), *self.rest)
-            outs = [self.buffer.new_empty(shape) for _ in range(count)]
-            columns = zip(*(out.split(self.gather_sizes, self.inner) for out in outs))
-            for piece, shape, parts in zip(self.buffer.split(self.counts), self.received, columns):
-                _copy(parts, piece.view(shape).unbind(self.inner))
-        else:
-            outs = self.buffer.view(sum(self.gather_sizes), *self.received[0][1:]).unbind(self.inner)
-        self.buffer = self.work = None
-        return tuple(out.movedim(0, self.outer) for out in outs)
+def _cut(x, dim, shapes):
+    """x as a flat buffer in which its pieces along dim lie one after another; not copied where they do so already."""
+    # where nothing comes before dim; and of nothing, by which the fast path on GPUs would divide (torch 2.11)
+    if math.prod(x.shape[:dim]) == 1 or x.numel() == 0:
+        return x.contiguous().flatten()
+    buffer = x.new_empty(x.numel())
+    torch.split_with_sizes_copy(x, [shape[dim] for shape in shapes], dim, out=_pieces(buffer, shapes))
+    return buffer
 
 
-def _copy(tos, xs):
-    """Each to.copy_(x), 16 bytes at a time where rows allow it: a strided copy of bf16 has half the memory's speed otherwise."""
-    for to, x in zip(tos, xs):
-        step = 16 // x.itemsize
-        numbers = [n for t in (to, x) for n in (t.shape[-1], t.storage_offset(), *t.stride()[:-1])]
-        if to.stride(-1) == x.stride(-1) == 1 and not any(n % step for n in numbers):
-            to, x = to.view(torch.complex128), x.view(torch.complex128)
-        to.copy_(x)
+def _join(buffer, dim, shapes):
+    """The way back: pieces that lie one after another in a flat buffer, joined along dim; a view where possible."""
+    if math.prod(shapes[0][:dim]) == 1:
+        return buffer.view(*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :])
+    return torch.cat(_pieces(buffer, shapes), dim)
+
+
+def _pieces(buffer, shapes):
+    pieces = buffer.split([math.prod(shape) for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes)]
 
 
 def split_sequence(x, group, dim=1):
@@ -212,69 +152,81 @@ def gather_sequence(x, group, length, dim=1):
     The transpose of an all-gather is a reduce-scatter with a plain sum. Both are one all_to_all of P copies, and summing
     the copies is what autograd does for `expand`.
     """
-    if group is None:
-        return x
-    dim, copies = dim % x.dim(), x.unsqueeze(0).expand(group_size(group), *x.shape)
-    return all_to_all(copies, group, 0, dim + 1, None, split_sizes(length, group)).squeeze(0)
+    dim, ranks = dim % x.dim(), group_size(group)
+    copies = x.expand(ranks, *x.shape)
+    return all_to_all(copies, group, 0, dim + 1, [1] * ranks, split_sizes(length, group)).squeeze(0)
 
-
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 # --------------------------------------------------------------------------------------------------------------------
-# one object that answers every "who am I", and carries the sharded model and its optimizer
+# one object that answers every "who am I", and the engine on top of it
 
 
 class ParallelManager:
-    """The (dp, sp) DeviceMesh of this job, sp the inner axis (neighbouring GPUs), and the engine on top of it.
+    """The (dp, sp) DeviceMesh of this job, sp the inner axis (neighbouring GPUs); FSDP2, and a step under the gradient rule.
 
     data_parallel_size: by default world size / sequence_parallel_size; and the other way round where that one is None.
     device_type: by default "cuda" (NCCL) where there is a GPU, else "cpu" (gloo). timeout: seconds until a collective
-    that some rank never joins is an error.
+    that some rank never joins is an error. mesh: your own DeviceMesh instead, its dims named dp and sp, over all ranks.
     Started without torchrun, it is a world of one on the same code path. ValueError for sizes that don't multiply up.
 
-    mesh, device; rank, world_size; dp_rank, dp_size, dp_group; sp_rank, sp_size, sp_group; is_main (rank 0).
+    mesh, device; rank, world_size, is_main (rank 0); dp_rank, dp_size, dp_group; sp_rank, sp_size, sp_group.
     """
 
-    def __init__(self, data_parallel_size=None, sequence_parallel_size=1, device_type=None, timeout=600.0):
-        world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-        sp = world // (data_parallel_size or 1) if sequence_parallel_size is None else sequence_parallel_size
+    def __init__(self, data_parallel_size=None, sequence_parallel_size=1, device_type=None, timeout=600.0, mesh=None):
+        self.timeout = timedelta(seconds=timeout)
+        if mesh is None:
+            mesh = self._own_mesh(data_parallel_size, sequence_parallel_size, device_type)
+        elif set(mesh.mesh_dim_names or ()) != {"dp", "sp"} or mesh.size() != dist.get_world_size():
+            told = f"{mesh.mesh_dim_names} over {mesh.size()} of {dist.get_world_size()} ranks"
+            raise ValueError(f"a mesh needs the dims dp and sp over all ranks, got {told}")
+        self.mesh, device_type = mesh, mesh.device_type
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+        )
+        self.rank, self.world_size, self.is_main = dist.get_rank(), dist.get_world_size(), dist.get_rank() == 0
+        self.dp_group, self.sp_group = mesh.get_group("dp"), mesh.get_group("sp")
+        self.dp_rank, self.dp_size = mesh.get_local_rank("dp"), group_size(self.dp_group)
+        self.sp_rank, self.sp_size = mesh.get_local_rank("sp"), group_size(self.sp_group)
+        self.cpu_group = dist.new_group(backend="gloo", timeout=self.timeout)  # for what is said, not computed
+
+    def _own_mesh(self, dp, sp, device_type):
+        env = os.environ
+        world = dist.get_world_size() if dist.is_initialized() else int(env["WORLD_SIZE"] if "RANK" in env else 1)
+        if sp is None and world % (dp or 1):
+            raise ValueError(f"world size {world} is not a multiple of data_parallel_size {dp}")
+        sp = world // (dp or 1) if sp is None else sp
         if sp < 1 or world % sp:
             raise ValueError(f"world size {world} is not a multiple of sequence_parallel_size {sp}")
-        dp = world // sp if data_parallel_size is None else data_parallel_size
+        dp = world // sp if dp is None else dp
         if dp * sp != world:
             raise ValueError(f"data_parallel_size {dp} x sequence_parallel_size {sp} is not the world size {world}")
         device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if device_type == "cuda" and local >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local} has no GPU of its own: this host has {torch.cuda.device_count()}")
-        self.device = torch.device("cuda", local) if device_type == "cuda" else torch.device("cpu")
         if device_type == "cuda":
-            torch.cuda.set_device(self.device)
-        wait = timedelta(seconds=timeout)
+            local = int(env.get("LOCAL_RANK", 0))
+            if local >= torch.cuda.device_count():
+                raise ValueError(f"local rank {local} has no GPU of its own: this host has {torch.cuda.device_count()}")
+            torch.cuda.set_device(local)
         if not dist.is_initialized():
-            _init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", wait)
-        self.mesh = init_device_mesh(device_type, (dp, sp), mesh_dim_names=("dp", "sp"))
-        self.rank, self.world_size, self.is_main = dist.get_rank(), world, dist.get_rank() == 0
-        self.dp_group, self.sp_group = self.mesh.get_group("dp"), self.mesh.get_group("sp")
-        self.dp_rank, self.dp_size = self.mesh.get_local_rank("dp"), dp
-        self.sp_rank, self.sp_size = self.mesh.get_local_rank("sp"), sp
-        for group in (self.dp_group, self.sp_group):
-            _set_pg_timeout(wait, group)  # sub-groups don't inherit it: pytorch issue 119574
-        self.save_group = dist.new_group(backend="gloo", timeout=wait)  # saving goes on beside training
-        self.model = self.optimizer = self._saving = None
+            _init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", self.timeout)
+        return self._mesh_of(device_type, dp, sp, ("dp", "sp"))
+
+    def _mesh_of(self, device_type, rows, columns, names):
+        """A mesh whose groups have our time-out; those that init_device_mesh makes wait for 30 minutes."""
+        grid = torch.arange(rows * columns).view(rows, columns)
+        groups = [dist.new_subgroups_by_enumeration(g.tolist(), timeout=self.timeout)[0] for g in (grid.T, grid)]
+        return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=names)
 
     def shard(self, model, blocks, param_dtype=None, shard_size=None, reshard_after_forward=True):
-        """FSDP2 over all ranks, dp and sp together, block by block; the model becomes self.model.
+        """FSDP2 over all ranks, dp and sp together, block by block, in place.
 
         param_dtype: compute in it, with weights, gradients and their reduction kept as they are (float32).
         shard_size: HSDP, shard inside groups of so many neighbouring ranks, replicate across them.
         A model on the meta device is given (uninitialised) memory for its shards only.
         """
-        shard_size = shard_size or self.world_size
-        if self.world_size % shard_size:
+        shard_size = self.world_size if shard_size is None else shard_size
+        if shard_size < 1 or self.world_size % shard_size:
             raise ValueError(f"world size {self.world_size} is not a multiple of shard_size {shard_size}")
-        shape, names = (self.world_size // shard_size, shard_size), ("replicate", "shard")
-        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        mesh = self._mesh_of(self.device.type, self.world_size // shard_size, shard_size, ("replicate", "shard"))
         mesh = mesh["shard"] if shard_size == self.world_size else mesh
         # casting inputs would round t = 999.0 to 1000.0 in bf16
         reduce_dtype = torch.float32 if param_dtype else None
@@ -285,8 +237,25 @@ class ParallelManager:
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
         if any(p.is_meta for p in model.parameters()):
             model.to_empty(device=self.device)
-        self.model = model
-        return model
+
+    def backward(self, model, loss, last=True):
+        """Accumulate gradients of a sharded model; they are exchanged on the `last` micro-batch of a step.
+
+        Until then every rank holds them whole, in the dtype of the reduction: four bytes a parameter.
+        """
+        model.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def clip_grad_norm(self, model, max_norm):
+        """Scale the gradients to a global L2 norm of at most max_norm; returns the norm before, equal on all ranks."""
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+    def step(self, optimizer, skip=False):
+        """One optimizer step (or none), then forget the gradients."""
+        if not skip:
+            optimizer.step()
+        optimizer.zero_grad()
 
     def sum(self, value, group=None):
         """The sum of a number or tensor over `group` (default: all ranks)."""
@@ -295,248 +264,46 @@ class ParallelManager:
         dist.all_reduce(value, group=group)
         return value
 
-    def backward(self, loss, last=True):
-        """Accumulate gradients; they are exchanged on the `last` micro-batch of a step."""
-        self.model.set_requires_gradient_sync(last)
-        loss.backward()
-
-    def clip_grad_norm(self, max_norm):
-        """Scale the gradients to a global L2 norm of at most max_norm; returns the norm before, equal on all ranks."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-
-    def step(self, skip=False):
-        """One optimizer step (or none), then forget the gradients."""
-        if not skip:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    # A checkpoint is a folder step-N: safetensors that torch.distributed.checkpoint wrote, each rank its own part, and
-    # manifest.json with every file's size and crc32. It is written as tmp-step-N, the manifest last, and then renamed:
-    # what is called step-N was complete once, and the manifest tells whether it still is. Nothing is ever unpickled.
-
-    def save(self, folder, step, extra, keep=0):
-        """Start saving weights, optimizer and `extra` (JSON) as folder/step-N; training may go on at once.
-
-        Every rank calls it; it returns when the state is copied to the CPU. `finish_save` completes it. keep: so many
-        checkpoints of this run stay (0: all). OSError, on every rank, if the folder can't be written.
-        """
-        self.finish_save()
-        final, temporary = Path(folder) / f"step-{step}", Path(folder) / f"tmp-step-{step}"
-
-        def make_room():
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-
-        self.on_main(make_room)
-        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        written = dcp.async_save(self._tensors()[0], storage_writer=writer, process_group=self.save_group)
-        summed = ThreadPoolExecutor(1).submit(self._checksums_when, written, temporary)
-        self._saving = summed, temporary, final, dict(extra, step=step), keep
-
-    def _checksums_when(self, written, folder):
-        """In a thread: wait until all ranks have written, then read back what this rank wrote."""
-        written.result()
-        return {p.name: checksum(p) for p in sorted(folder.glob("*.safetensors"))[self.rank :: self.world_size]}
-
-    def save_ready(self):
-        """Whether finish_save would not wait for this rank."""
-        return self._saving is not None and self._saving[0].done()
-
-    def finish_save(self):
-        """Complete the save under way, if any, on every rank. OSError, on every rank, if it failed; nothing is lost then."""
-        if self._saving is None:
-            return
-        (summed, temporary, final, manifest, keep), self._saving, files = self._saving, None, {}
-
-        def written():
-            try:
-                return summed.result()
-            except (Exception, CheckpointException) as error:  # the latter is no Exception
-                raise OSError(f"{temporary} could not be written: {_first_line(error)}") from None
-
+    def together(self, function):
+        """Call it on every rank; the results of all, in order of rank. An OSError or ValueError on one is raised on all."""
+        result = error = None
         try:
-            for part in self._together(written):
-                files |= part
-        except OSError:  # on a full disk it takes what the next try needs
-            self.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
-            raise
-
-        def complete():
-            write_manifest(temporary, dict(manifest, saved=time.time(), files=files))
-            if final.exists():
-                remove(final)
-            os.rename(temporary, final)
-            mine = [p for p in checkpoints(final.parent) if read_manifest(p, "run") == manifest.get("run")]
-            for path in mine[keep:] if keep else []:
-                remove(path)
-
-        self.on_main(complete)
-
-    def find(self, folder, run=None):
-        """The newest checkpoint in folder that is whole: (path, manifest). Damaged ones are named and passed over.
-
-        run: only those whose manifest says so. Equal on all ranks; FileNotFoundError, on all, if there is none.
-        """
-
-        def candidates():  # those of another run need not be read
-            return [p for p in checkpoints(folder) if run is None or read_manifest(p, "run") in (None, run)]
-
-        problems = []
-        for path in self.on_main(candidates):
-            problem, manifest = self._verify(path)
-            if problem is None and (run is None or manifest.get("run") == run):
-                return path, manifest
-            problems += [problem] if problem else []
-            if problem and self.is_main:
-                print(f"skipping {path}: {problem}", file=sys.stderr, flush=True)
-        told = f"no checkpoint in {folder}: there is no step-N folder in it"
-        raise FileNotFoundError(f"no whole checkpoint in {folder}: {problems[0]}" if problems else told)
-
-    def _verify(self, path):
-        """(what is wrong or None, manifest); the files are shared out over the ranks."""
-        try:
-            manifest = read_manifest(path)
-        except ValueError as error:
-            manifest, mine = dict(files={}), [str(error)]
-        else:
-            names = sorted(manifest["files"])[self.rank :: self.world_size]
-            mine = [f"{n} {told}" for n in names if (told := _difference(path / n, manifest["files"][n]))]
-        problems = [p for part in self._together(lambda: mine) for p in part]
-        return (problems[0] if problems else None), manifest
-
-    def load(self, path):
-        """Load a checkpoint into the model (and the optimizer, if there is one): any layout, sharded or not."""
-        tensors, optimizer_state = self._tensors()
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-        if self.optimizer:
-            loaded = {k: tensors.get(f"optimizer.{k}", v) for k, v in optimizer_state.items()}
-            set_optimizer_state_dict(self.model, self.optimizer, loaded, options=FLAT)
-
-    def _tensors(self):
-        """Everything that training changes, by name; learning rate and the like belong to the command line."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        state = get_optimizer_state_dict(self.model, self.optimizer, options=FLAT) if self.optimizer else {}
-        return tensors | {f"optimizer.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}, state
-
-    def _together(self, function):
-        """Call it on every rank (None: nothing) and exchange the results; an OSError on one is raised on all."""
-        mine, results = [None, None], [None] * self.world_size
-        try:
-            mine[0] = function() if function else None
-        except OSError as error:
-            mine[1] = f"rank {self.rank}: {error}" if self.world_size > 1 else str(error)
-        dist.all_gather_object(results, mine, group=self.save_group)
-        if failed := [told for _, told in results if told]:
-            raise OSError(failed[0])
-        return [result for result, _ in results]
+            result = function()
+        except (OSError, ValueError) as raised:
+            where = f"rank {self.rank}: " if self.world_size > 1 else ""
+            error = (OSError if isinstance(raised, OSError) else ValueError), f"{where}{raised}"
+        everyone = [None] * self.world_size
+        dist.all_gather_object(everyone, (result, error), group=self.cpu_group)
+        for _, error in everyone:
+            if error:
+                raise error[0](error[1])
+        return [result for result, _ in everyone]
 
     def on_main(self, function):
-        """What `function` returns on rank 0, on every rank; its OSError is raised on every rank."""
-        return self._together(function if self.is_main else None)[0]
+        """What `function` returns on rank 0, on every rank; its OSError or ValueError is raised on every rank."""
+        return self.together(function if self.is_main else lambda: None)[0]
 
     def check_equal(self, **facts):
-        """Refuse the classic silent bug, sp ranks that work on different things: ValueError names ranks and facts."""
-        parts = [None] * self.sp_size
+        """Refuse the classic silent bug, sp ranks that work on different things: ValueError names ranks and facts.
+
+        Equal on all ranks of an sp group must be: the model's inputs, its weights, and so whatever either is made from.
+        """
+        parts, ranks = [None] * self.sp_size, dist.get_process_group_ranks(self.sp_group)
         dist.all_gather_object(parts, facts, group=self.sp_group)
-        first = self.rank - self.sp_rank
-        for rank, other in enumerate(parts, first):
+        for rank, other in zip(ranks, parts):
             if wrong := [name for name in facts if other[name] != parts[0][name]]:
                 values = f"{parts[0][wrong[0]]} and {other[wrong[0]]}"
-                raise ValueError(f"ranks {first} and {rank} share a sample but differ in {', '.join(wrong)}: {values}")
+                raise ValueError(
+                    f"ranks {ranks[0]} and {rank} share a sample but differ in {', '.join(wrong)}: {values}"
+                )
 
     def close(self):
-        """Leave the job with status 0. Python's own way out crashes in gloo's threads in every second run."""
-        self.finish_save()
+        """End the process, with status 0. Python's own way out crashes in gloo's threads in every second run."""
         dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-
-
-def checkpoints(folder):
-    """The step-N folders in `folder`, the one completed last first; never a link that leads out of it."""
-    found = [p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
-    found = [p for p in found if not p.is_symlink()]
-    return sorted(found, key=lambda p: (read_manifest(p, "saved") or 0.0, int(p.name[5:])), reverse=True)
-
-
-def remove(checkpoint):
-    """Delete a step-N folder; killed halfway, it leaves nothing behind that is called so."""
-    leaving = checkpoint.with_name(f"tmp-{checkpoint.name}-leaving")
-    shutil.rmtree(leaving, ignore_errors=True)
-    os.rename(checkpoint, leaving)
-    shutil.rmtree(leaving)
-
-
-def failed_ranks():
-    """Ranks that have said that a collective failed on them."""
-    store = dist.distributed_c10d._get_default_store()
-    return [rank for rank in range(dist.get_world_size()) if store.check([_failure_of(rank)])]
-
-
-def silent_ranks(seconds=1.0):
-    """Who is missing, asked when a collective has failed here: ranks that have not said so too within some seconds."""
-    try:
-        dist.distributed_c10d._get_default_store().set(_failure_of(dist.get_rank()), "1")
-        time.sleep(seconds)
-        return sorted(set(range(dist.get_world_size())) - set(failed_ranks()))
-    except dist.DistError:  # without torchrun the store is rank 0's, and gone with it
-        return [0]
-
-
-def _failure_of(rank):
-    return f"failed{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
-
-
-def write_manifest(folder, manifest):
-    """manifest.json with its own crc32, on the disk when this returns."""
-    text = json.dumps(manifest, sort_keys=True)
-    with open(folder / "manifest.json", "w") as file:
-        json.dump(dict(manifest, crc32=zlib.crc32(text.encode())), file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_manifest(folder, key=None):
-    """The manifest of a checkpoint; ValueError says why it is none. With a key: that entry, or None."""
-    try:
-        manifest = json.loads((Path(folder) / "manifest.json").read_text())
-        text = json.dumps({k: v for k, v in manifest.items() if k != "crc32"}, sort_keys=True)
-        if zlib.crc32(text.encode()) != manifest["crc32"]:
-            raise ValueError("its crc32 is another")
-        if any(not re.fullmatch(r"[\w.-]+\.safetensors", name) for name in manifest["files"]):
-            raise ValueError("it names files outside its folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if key is not None:
-            return None
-        raise ValueError(f"manifest.json is not what was saved: {_first_line(error)}") from None
-    return manifest if key is None else manifest.get(key)
-
-
-def checksum(path):
-    """[bytes, crc32] of a file."""
-    size = crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
-
-
-def _difference(path, wanted):
-    """How a file differs from the [bytes, crc32] it had, or None. Sizes are looked at before anything is read."""
-    if not path.is_file():
-        return "is missing"
-    if path.stat().st_size != wanted[0]:
-        return f"has {path.stat().st_size} bytes, {wanted[0]} were saved"
-    return None if checksum(path) == wanted else "has another crc32 than was saved"
-
-
-def _first_line(error):
-    """Of an exception that may carry other ranks' tracebacks: the sentence that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if re.match(r"\s*[\w.]*(Error|Exception)", line)]
-    return lines[-1] if lines else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _init_process_group(backend, timeout):
@@ -551,3 +318,303 @@ def _init_process_group(backend, timeout):
         store = dist.PrefixStore(f"attempt{env['TORCHELASTIC_RESTART_COUNT']}", store)
     ranks = dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"])) if store else {}
     dist.init_process_group(backend, timeout=timeout, **ranks)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Whoever pastes the collectives or the manager elsewhere can stop here. What follows insures a long run.
+# --------------------------------------------------------------------------------------------------------------------
+# checkpoints: a folder step-N of safetensors that torch.distributed.checkpoint wrote, each rank its own part, and
+# manifest.json with every file's size and crc32. In it: weights, the optimizer's state, and what the caller adds as JSON
+# (train_min.py: the sampler's position, config, flags). Nothing is ever unpickled. A save goes through four stages:
+#   1. `save` copies the state to the CPU and returns; 2. beside training every rank writes its part into tmp-step-N,
+#   3. and reads its share of the files back for their checksums; 4. `finish` writes the manifest and renames the folder.
+# So what is called step-N was complete once, and the manifest tells whether it still is
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class Checkpoints:
+    """The step-N checkpoints in `folder`, saved beside training and loaded on any layout. Every rank makes each call.
+
+    Every problem with the disk is an OSError on all ranks; what was saved before stays.
+    """
+
+    def __init__(self, manager, folder):
+        self.manager, self.folder = manager, Path(folder)
+        self.group = dist.new_group(backend="gloo", timeout=manager.timeout)  # saving goes on beside training
+        self._written, self._complete = Future(), None
+
+    def save(self, step, model, optimizer, extra, tag="", keep=0):
+        """Start saving weights, optimizer and `extra` (JSON) as step-N; training may go on when this returns.
+
+        `finish` completes it. keep: so many checkpoints with this tag stay, the newest (0: all).
+        """
+        self.finish()
+        manager, final, temporary = self.manager, self.folder / f"step-{step}", self.folder / f"tmp-step-{step}"
+
+        def make_room():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+        manager.on_main(make_room)
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        written = dcp.async_save(_tensors(model, optimizer), storage_writer=writer, process_group=self.group)
+
+        def read_back():  # in a thread, when all ranks have written: this rank's share of the files
+            written.result()
+            files = sorted(temporary.glob("*.safetensors"))[manager.rank :: manager.world_size]
+            return {file.name: checksum(file) for file in files}
+
+        def complete():
+            try:
+                parts = manager.together(
+                    partial(_or_oserror, f"{temporary} could not be written", self._written.result)
+                )
+            except OSError:  # on a full disk it takes what the next try needs
+                manager.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+                raise
+            manager.on_main(partial(publish, {name: sums for part in parts for name, sums in part.items()}))
+
+        def publish(files):
+            write_manifest(temporary, extra | dict(step=step, tag=tag, saved=time.time(), files=files))
+            if final.exists():
+                remove(final)
+            os.rename(temporary, final)
+            same = [path for path, manifest in manifests(self.folder) if manifest and manifest["tag"] == tag]
+            for path in same[keep:] if keep else []:
+                remove(path)
+
+        self._written, self._complete = ThreadPoolExecutor(1).submit(read_back), complete
+
+    def ready(self):
+        """Whether there is a save to finish, for which this rank need not wait."""
+        return self._written.done()
+
+    def finish(self):
+        """Complete the save under way, if there is one. OSError if it failed."""
+        complete, self._complete = self._complete, None
+        if complete:
+            complete()
+        self._written = Future()
+
+    def find(self, tag=None):
+        """The newest checkpoint (with this tag) that is whole: (path, manifest). Damaged ones are named and passed over.
+
+        FileNotFoundError if there is none.
+        """
+        manager, problems = self.manager, []
+        for path, manifest in manager.on_main(lambda: manifests(self.folder)):
+            if manifest and tag not in (None, manifest["tag"]):
+                continue
+            try:
+                manifest = manager.on_main(partial(read_manifest, path))
+                mine = dict(sorted(manifest["files"].items())[manager.rank :: manager.world_size])
+                manager.together(partial(check_files, path, mine))
+                return path, manifest
+            except (OSError, ValueError) as problem:
+                problems.append(problem)
+                if manager.is_main:
+                    print(f"skipping {path}: {problem}", file=sys.stderr, flush=True)
+        if problems:
+            raise FileNotFoundError(f"no whole checkpoint in {self.folder}: {problems[0]}")
+        raise FileNotFoundError(f"no checkpoint in {self.folder}: there is no step-N folder in it")
+
+    def load(self, path, model, optimizer=None):
+        """Load what `find` gave into the model (and the optimizer): any layout, sharded or not."""
+        tensors = _tensors(model, optimizer)
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        _or_oserror(f"{path} could not be loaded", partial(dcp.load, tensors, storage_reader=reader))
+        if optimizer:
+            state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+            loaded = {name: tensors.get(f"optimizer.{name}", value) for name, value in state.items()}
+            set_optimizer_state_dict(model, optimizer, loaded, options=FLAT)
+
+
+def _tensors(model, optimizer):
+    """Everything that training changes, by name; learning rate and the like belong to the command line."""
+    state = get_optimizer_state_dict(model, optimizer, options=FLAT) if optimizer else {}
+    named = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return named | {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _or_oserror(told, function):
+    """Call it. Whatever goes wrong in torch.distributed.checkpoint is an OSError of one sentence."""
+    try:
+        return function()
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        raise OSError(f"{told}: {_sentence(error)}") from None
+
+
+def manifests(folder):
+    """[(step-N folder, its manifest)]: the damaged, whose manifest is None, then the one completed last; never links."""
+    found = [p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+    read = []
+    for path in (p for p in found if not p.is_symlink()):
+        try:
+            read.append((path, read_manifest(path)))
+        except ValueError:
+            read.append((path, None))
+    return sorted(read, key=lambda r: (r[1]["saved"] if r[1] else math.inf, int(r[0].name[5:])), reverse=True)
+
+
+def remove(checkpoint):
+    """Delete a step-N folder; killed halfway, it leaves nothing behind that is called so."""
+    leaving = checkpoint.with_name(f"tmp-{checkpoint.name}-leaving")
+    shutil.rmtree(leaving, ignore_errors=True)
+    os.rename(checkpoint, leaving)
+    shutil.rmtree(leaving)
+
+
+def write_manifest(folder, manifest):
+    """manifest.json with its own crc32, on the disk when this returns."""
+    text = json.dumps(manifest, sort_keys=True)
+    with open(folder / "manifest.json", "w") as file:
+        json.dump(manifest | dict(crc32=zlib.crc32(text.encode())), file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder):
+    """The manifest of a checkpoint; ValueError says why it is none."""
+    try:
+        manifest = json.loads((Path(folder) / "manifest.json").read_text())
+        text = json.dumps({k: v for k, v in manifest.items() if k != "crc32"}, sort_keys=True)
+        if zlib.crc32(text.encode()) != manifest["crc32"]:
+            raise ValueError("its crc32 is another")
+        if any(not re.fullmatch(r"[\w.-]+\.safetensors", name) for name in manifest["files"]):
+            raise ValueError("it names files outside its folder")
+        if not {"step", "tag", "saved"} <= set(manifest):
+            raise ValueError("it lacks its step, tag or time")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"manifest.json is not what was saved: {_sentence(error)}") from None
+    return manifest
+
+
+def checksum(path):
+    """[bytes, crc32] of a file."""
+    size = crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def check_files(folder, saved):
+    """ValueError for a file that is not the [bytes, crc32] that was saved. Sizes are looked at before anything is read."""
+    for name, (size, crc) in saved.items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{name} is missing")
+        if file.stat().st_size != size:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes, {size} were saved")
+        if checksum(file) != [size, crc]:
+            raise ValueError(f"{name} has another crc32 than was saved")
+
+
+def _sentence(error):
+    """Of an exception that may carry other ranks' tracebacks: the line that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if re.match(r"\s*[\w.]*(Error|Exception)", line)]
+    return lines[-1] if lines else (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# faults: whatever ends a rank ends it with one sentence and status 1
+
+
+def run(main, folder, debug=False):
+    """Call main(), which gives back a ParallelManager, and end the process: with status 0, or one sentence and status 1.
+
+    The sentence is also the cause that torchrun shows. folder: where main writes; a full disk does not say where.
+    """
+    try:
+        main().close()
+    except (ValueError, OSError, RuntimeError) as error:
+        told, lost = str(error).strip() or type(error).__name__, False
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            told = f"{folder}: {told}"
+        if isinstance(
+            error, RuntimeError
+        ):  # of these only two kinds are known: a lost rank, and a process that loads data
+            lost = dist.is_initialized() and re.search(r"timed? ?out|connection|peer|nccl|gloo", told, re.I)
+            if not lost and not told.startswith("Caught "):
+                raise
+        if lost:
+            silent = ", ".join(map(str, silent_ranks())) or "unknown"
+            told = f"rank {silent} does not answer ({told.splitlines()[0][:200]})"
+        if told.startswith("Caught "):  # in a process that loads data: its traceback comes along
+            told = _sentence(error).partition(": ")[2]
+        if debug:
+            traceback.print_exc()
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            extra = dict(py_callstack=told, timestamp=str(int(time.time())))
+            Path(file).write_text(json.dumps(dict(message=dict(message=told, extraInfo=extra))))
+        if dist.is_initialized() and not lost:
+            _say_and_wait("leaving", 5.0)  # others find the same fault soon; without rank 0 they would find another one
+        os._exit(1)  # what other ranks wait for may never come
+
+
+def silent_ranks():
+    """Who is missing, asked when a collective has failed here: ranks that have not said so too within a second."""
+    return _say_and_wait("failed", 1.0)
+
+
+def failed_ranks():
+    """Ranks that have said that a collective failed on them."""
+    store = dist.distributed_c10d._get_default_store()
+    return [rank for rank in range(dist.get_world_size()) if store.check([_key("failed", rank)])]
+
+
+def _say_and_wait(word, seconds):
+    """Tell all ranks that this one has failed, or is leaving; the ranks that have not said so after some seconds."""
+    try:
+        store, others = dist.distributed_c10d._get_default_store(), set(range(dist.get_world_size()))
+        store.set(_key(word, dist.get_rank()), "1")
+        until = time.monotonic() + seconds
+        while others and time.monotonic() < until:
+            time.sleep(0.02)
+            others = {rank for rank in others if not store.check([_key(word, rank)])}
+        return sorted(others)
+    except dist.DistError:  # without torchrun the store is rank 0's, and gone with it
+        return [0]
+
+
+def _key(word, rank):
+    return f"{word}{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the lesson
+
+
+def lesson(tokens=7, heads=5):
+    """What each rank holds before and after the exchange, a cell is token·head; and that backward is the transpose."""
+    manager = ParallelManager(1, None, "cpu")
+    group, rank = manager.sp_group, manager.rank
+    token_sizes, head_sizes = split_sizes(tokens, group), split_sizes(heads, group)
+    whole = torch.tensor([[10.0 * t + h for h in range(heads)] for t in range(tokens)], device=manager.device)
+    x = split_sequence(whole, group, 0).clone().requires_grad_()  # [L/P, H]
+    there = all_to_all(x, group, 1, 0, head_sizes, token_sizes)  # [L, H/P]
+    y = torch.arange(there.numel(), device=there.device).view(there.shape) + 100.0 * rank
+    (there * y).sum().backward()
+    back = all_to_all(y, group, 0, 1, token_sizes, head_sizes)
+    sides = manager.sum(torch.stack(((there * y).sum(), (x * back).sum())).detach()).tolist()
+
+    def rows(cells):
+        return [" ".join(f"{int(cell):02d}" for cell in row) for row in cells.tolist()]
+
+    for other, (before, after, same) in enumerate(
+        manager.together(lambda: (rows(x), rows(there), torch.equal(x.grad, back)))
+    ):
+        if manager.is_main:
+            print(f"rank {other} before: {' | '.join(before)}\n       after:  {' | '.join(after)}")
+            print(f"       the gradient of `before` is the opposite exchange of the gradient of `after`: {same}")
+    if manager.is_main:
+        print(
+            f"<all_to_all(x), y> = {sides[0]:.0f}, <x, transpose(y)> = {sides[1]:.0f}, summed over {manager.world_size} ranks"
+        )
+    return manager
+
+
+if __name__ == "__main__":
+    run(lesson, ".")

@@ -7,11 +7,16 @@ H heads × D dims = C hidden, P sequence-parallel ranks):
     velocity [B, 16, T, h, w] <── unpatchify <── gather <── final layer <── img [B, S/P, C] <──┘
 
 Dual-stream (the release's `double_blocks`): video and text have their own qkv and meet only inside attention.
-Single-stream (`single_blocks`): video and text are joined as soon as they enter the block.
-Both call one `attend(q, k, v)`, and ranks meet nowhere else. `group=None` is one device; the same lines run.
+Single-stream (`single_blocks`): video and text are one sequence, joined before the first such block.
+Rank r holds the r-th run of video tokens in (t, h, w) raster order and the r-th run of text tokens, `split_sizes` long. What
+is no token is whole on every rank: vec, the modulations it gives, and the refiner's work on text.
+
+Both kinds call one `attend(qkv)`. Ranks meet there, and when the velocity is gathered. `group=None` is one device; the same lines run.
 
     model = HunyuanVideo(HunyuanConfig.preset("tiny"))
     velocity = model(latents, timestep, text, text_mask, pooled, guidance, group=manager.sp_group)
+
+    $ torchrun --nproc_per_node=2 hunyuan_sp.py    # one token's journey: the shapes on each rank, stage by stage
 
 Source of all formulas: HunyuanVideo, arXiv:2412.03603. Parameter names are the original release's.
 """
@@ -37,7 +42,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from comm import all_to_all, gather_sequence, group_rank, group_size, split_sequence, split_sizes
+from comm import (
+    ParallelManager,
+    all_to_all,
+    gather_sequence,
+    group_rank,
+    group_size,
+    run,
+    split_sequence,
+    split_sizes,
+)
 
 # --------------------------------------------------------------------------------------------------------------------
 # configuration: the defaults are the released 13B model
@@ -71,7 +85,7 @@ class HunyuanConfig:
 
     @classmethod
     def preset(cls, name, **changes):
-        """ "13b": the release. "tiny": 0.7M parameters for CPUs, 3 channels, no guidance embedding."""
+        """ "13b": the release. "tiny": 1M parameters for CPUs, 3 channels, no guidance embedding."""
         presets = {"13b": cls(), "tiny": TINY}
         if name not in presets:
             raise ValueError(f"no preset {name!r}: there are {', '.join(presets)}")
@@ -100,28 +114,7 @@ TINY = HunyuanConfig(
 )
 
 # --------------------------------------------------------------------------------------------------------------------
-# pointwise functions: bf16 in and out, float32 inside where the model is defined so
-
-
-def widen(x):
-    """float32 at least: bf16 is widened, float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def layer_norm(x):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def gelu(x):
-    return F.gelu(x, approximate="tanh")
-
-
-def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
-
-
-def time_frequencies(device=None):
-    return torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=device) / 128)
+# time, guidance and place, as the model is told of them
 
 
 def sinusoid(t):
@@ -130,21 +123,42 @@ def sinusoid(t):
     return torch.cat((angle.cos(), angle.sin()), 1)
 
 
-def rope_table(grid, dims, theta, start, stop, device=None):
-    """cos, sin [stop - start, D/2] in float32 for tokens start..stop of the (t, h, w) raster, w fastest."""
+def time_frequencies(device=None):
+    return torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=device) / 128)
+
+
+def guidance_input(scale, batch, device):
+    """What the model is told of a guidance scale, [batch]: the release multiplies by 1000 in bf16, so 6.0 is 6016."""
+    return torch.full((batch,), scale, dtype=torch.bfloat16, device=device).mul(1000).float()
+
+
+def shift_sigma(u, shift):
+    """Noise levels 0..1 moved towards noise as resolution grows: arXiv:2403.03206, equation 23. A timestep is 1000 sigma."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def latent_shape(config, height, width, frames):
+    """[C, T, h, w] of a video's latents: the VAE takes 8 x 8 pixels, and 4 frames after the first. ValueError if it can't."""
+    if height % 16 or width % 16 or frames % 4 != 1 or min(height, width, frames) < 1:
+        raise ValueError(
+            f"height {height} and width {width} must be multiples of 16, frames {frames} must be 4k+1: "
+            f"{max(16, height // 16 * 16)} x {max(16, width // 16 * 16)} x {max(1, (frames - 1) // 4 * 4 + 1)} would do"
+        )
+    return config.out_channels, (frames - 1) // 4 + 1, height // 8, width // 8
+
+
+def rope_table(config, grid, start, stop, text=0, device=None):
+    """cos, sin [stop - start + text, D] in float32: of tokens start..stop of the (t, h, w) raster, w fastest, then of text.
+
+    Each axis turns its share of a head's dims. Channels 2i and 2i+1 turn by the same angle, sin is negative at 2i.
+    Text is not turned.
+    """
     index = torch.arange(start, stop, device=device)
     positions = (index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2])
-    halves = [torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim for dim in dims]
-    angle = torch.cat([p.float()[:, None] * (1 / theta**half) for p, half in zip(positions, halves)], 1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, rope):
-    """x [B, L, H, D], rope = cos, sin [L, D] of its tokens: channels 2i and 2i+1 turn by the same angle, sin negative at 2i."""
-    cos, sin = (table[:, None] for table in rope)
-    wide = widen(x)
-    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (wide * cos + swapped * sin).to(x.dtype)
+    halves = [torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim for dim in config.rope_dims]
+    angle = torch.cat([p.float()[:, None] * (1 / config.rope_theta**half) for p, half in zip(positions, halves)], 1)
+    angle = torch.cat((angle, angle.new_zeros(text, angle.shape[1])))
+    return angle.cos().repeat_interleave(2, 1), torch.stack((-angle.sin(), angle.sin()), -1).flatten(1)
 
 
 def patchify(x, patch_size):
@@ -163,81 +177,39 @@ def unpatchify(x, grid, patch_size):
 # --------------------------------------------------------------------------------------------------------------------
 # attention: the only place where tokens, and therefore ranks, meet
 
-# fastest first on Hopper: 655, 350 and 180 TFLOP/s at 32k tokens
-BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
 
 def sdpa(q, k, v):
     """q, k, v [B, L, H, D] -> [B, L, H, D]. Never a mask: it costs 1.5x, and lengths are known instead."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(BACKENDS, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with sdpa_kernel(backends(q.device), set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if out.requires_grad:
+        # torch caches cuDNN's plan of backward, keyed by the strides of q, k and v. The gradient's strides are in the plan
+        # but not in the key: if they varied, a cached plan would read out of bounds
+        out.register_hook(torch.Tensor.contiguous)
+    return out
 
 
-FA4_DTYPES = (torch.bfloat16, torch.float16)
+def backends(device):
+    """SDPA's kernels, fastest first. At 32k tokens on an H200 cuDNN reaches 655 TFLOP/s, flash 350, efficient 180; on GPUs
+    before Hopper flash is the fastest."""
+    cudnn, flash = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    cudnn_first = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return [*((cudnn, flash) if cudnn_first else (flash, cudnn)), SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def fa4(q, k, v):
-    """The same by FlashAttention-4 on Hopper and Blackwell: a forward at 119k tokens takes 0.87 of its time with cuDNN."""
-    if q.dtype not in FA4_DTYPES:
-        raise ValueError(f"attention fa4 computes in bfloat16 or float16, the model is in {str(q.dtype)[6:]}")
-    return _fa4(q, k, v)[0]
+@torch.compiler.disable  # blocks are compiled on both sides of it
+def joint_attention(qkv, video, text, group=None, attention=sdpa):
+    """Attention over `video` tokens and the first text[b] text tokens of each sample.
 
-
-# An operator of its own, so that checkpointing can keep its output: (out [B, L, H, D], log-sum-exp [B, H, L]). It calls the
-# package's kernels: torch's switch, activate_flash_attention_impl("FA4"), expects two results where 4.0.0b36 returns five
-@torch.library.custom_op("hunyuan_sp::fa4", mutates_args=())
-def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    return _flash_attn_fwd(q, k, v, return_lse=True)[:2]
-
-
-def _fa4_backward(ctx, grad, _):
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    q, k, v, out, lse = ctx.saved_tensors
-    return _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse)[:3]
-
-
-_fa4.register_autograd(_fa4_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
-
-
-def attention_kernel(name):
-    """ "sdpa" or "fa4" as a function; ValueError, one sentence, where it can't run. The only place that decides."""
-    if name == "sdpa":
-        return sdpa
-    if name != "fa4":
-        raise ValueError(f"attention {name!r} is none of sdpa, fa4")
-    try:
-        import flash_attn.cute.interface  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"attention fa4 needs FlashAttention-4, pip install --pre flash-attn-4 ({error})") from None
-    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    if gpu[0] not in (9, 10):
-        found = f"this one has {gpu[0]}.{gpu[1]}" if gpu[0] else "there is none here"
-        raise ValueError(f"attention fa4 needs a GPU of compute capability 9 or 10, {found}")
-    return fa4
-
-
-def joint_attention(q, k, v, video, text, group=None, attention=sdpa, beside=None):
-    """Attention over `video` tokens and the first text[b] text tokens of each sample: q, k, v [B, L/P, H, D] -> [B, L/P, C].
-
+    qkv [B, L/P, 3, H, D], stacked so that they travel in one collective -> [B, L/P, C].
     video: tokens over all ranks; text: B valid lengths; both were split as split_sizes does, text at max(text).
     Locally video comes before text, so after the exchange the order is video0 text0 video1 text1 ..: attention does not
     care, and position is in q and k already. Padding attends to nothing and gets zeros.
-    beside: a function to be called while q, k, v travel; what it returns is returned after the attention's output.
     """
     video_sizes, text_sizes = split_sizes(video, group), split_sizes(max(text), group)
-    tokens, heads = [a + b for a, b in zip(video_sizes, text_sizes)], split_sizes(q.shape[2], group)
-    arrive = all_to_all((q, k, v), group, 2, 1, heads, tokens, async_op=True)
-    done = beside and beside()
-    q, k, v = arrive()  # [B, L, H/P, D]
+    tokens, heads = [a + b for a, b in zip(video_sizes, text_sizes)], split_sizes(qkv.shape[3], group)
+    q, k, v = all_to_all(qkv, group, 3, 1, heads, tokens).unbind(2)  # [B, L, H/P, D]
     with record_function("attention"):  # its name in profiles
         if min(text) == max(text):
             out = attention(q, k, v)
@@ -252,8 +224,7 @@ def joint_attention(q, k, v, video, text, group=None, attention=sdpa, beside=Non
                 )
                 for b in range(len(text))
             ])  # fmt: skip
-    out = all_to_all(out, group, 1, 2, tokens, heads).flatten(2)
-    return (out, done) if beside else out
+    return all_to_all(out, group, 1, 2, tokens, heads).flatten(2)
 
 
 def _attention_of_valid(attention, qkv, valid, tokens):
@@ -262,6 +233,35 @@ def _attention_of_valid(attention, qkv, valid, tokens):
     q, k, v = (torch.cat(x.split(sizes)[::2])[None] for x in qkv)
     real = attention(q, k, v)[0].split(valid)
     return torch.cat([x for part, pad in zip(real, sizes[1::2]) for x in (part, part.new_zeros(pad, *part.shape[1:]))])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what happens to each token alone: bf16 in and out, float32 inside where the model is defined so
+
+
+def layer_norm(x):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+def widen(x):
+    """float32 at least: bf16 is widened, float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rotate(x, rope):
+    """x [B, L, H, D] by rope = cos, sin [L, D] of its tokens."""
+    cos, sin = (table[:, None] for table in rope)
+    wide = widen(x)
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (wide * cos + swapped * sin).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -319,14 +319,14 @@ class TextEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """vec [B, C] -> [B, count * C], to be chunked where it is used."""
+    """vec [B, C] -> `count` tensors [B, 1, C]: shift, scale and gate, once or twice."""
 
     def __init__(self, dim, count):
         super().__init__()
-        self.linear = nn.Linear(dim, count * dim)
+        self.linear, self.count = nn.Linear(dim, count * dim), count
 
     def forward(self, vec):
-        return self.linear(F.silu(vec))
+        return self.linear(F.silu(vec))[:, None].chunk(self.count, 2)
 
 
 class RefinerBlock(nn.Module):
@@ -342,8 +342,8 @@ class RefinerBlock(nn.Module):
 
     def forward(self, txt, condition, attend):
         gate1, gate2 = self.adaLN_modulation(condition)[:, None].chunk(2, -1)
-        qkv = rearrange(self.self_attn_qkv(self.norm1(txt)), "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
-        txt = txt + gate1 * self.self_attn_proj(attend(*qkv))
+        qkv = rearrange(self.self_attn_qkv(self.norm1(txt)), "b l (n h d) -> b l n h d", n=3, h=self.num_heads)
+        txt = txt + gate1 * self.self_attn_proj(attend(qkv))
         return txt + gate2 * self.mlp(self.norm2(txt))
 
 
@@ -384,26 +384,23 @@ class DoubleBlock(nn.Module):
         self.img_mlp, self.txt_mlp = MLP(dim, hidden, gelu), MLP(dim, hidden, gelu)
 
     def forward(self, img, txt, vec, rope, attend):
-        img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
-        q, k, v = self.before(img, txt, img_mod, txt_mod, rope)
-        return self.after(img, txt, img_mod, txt_mod, attend(q, k, v))
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
-    def before(self, img, txt, img_mod, txt_mod, rope):
-        """Each stream its own q, k, v [B, S/P or L/P, H, D], joined for attention alone."""
-        (img_shift1, img_scale1), (txt_shift1, txt_scale1) = (m[:, None].chunk(6, 2)[:2] for m in (img_mod, txt_mod))
+        # each stream its own q, k, v [B, S/P or L/P, H, D]
         img_qkv = self.img_attn_qkv(modulate(layer_norm(img), img_shift1, img_scale1))
         txt_qkv = self.txt_attn_qkv(modulate(layer_norm(txt), txt_shift1, txt_scale1))
         img_q, img_k, img_v = img_qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         txt_q, txt_k, txt_v = txt_qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
+
+        # joined for attention alone
         q = torch.cat((self.img_attn_q_norm(img_q), self.txt_attn_q_norm(txt_q)), 1)
         k = torch.cat((self.img_attn_k_norm(img_k), self.txt_attn_k_norm(txt_k)), 1)
-        return rotate(q, rope), rotate(k, rope), torch.cat((img_v, txt_v), 1)
-
-    def after(self, img, txt, img_mod, txt_mod, out):
-        """Each stream its own projection and MLP; out [B, (S+L)/P, C] is this rank's video, then its text."""
+        v = torch.cat((img_v, txt_v), 1)
+        out = attend(torch.stack((rotate(q, rope), rotate(k, rope), v), 2))
         img_out, txt_out = out.split((img.shape[1], txt.shape[1]), 1)
-        img_gate1, img_shift2, img_scale2, img_gate2 = img_mod[:, None].chunk(6, 2)[2:]
-        txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod[:, None].chunk(6, 2)[2:]
+
+        # each stream its own projection and MLP
         img = img + img_gate1 * self.img_attn_proj(img_out)
         txt = txt + txt_gate1 * self.txt_attn_proj(txt_out)
         img = img + img_gate2 * self.img_mlp(modulate(layer_norm(img), img_shift2, img_scale2))
@@ -422,26 +419,11 @@ class SingleBlock(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
 
     def forward(self, x, vec, rope, attend):
-        mod = self.modulation(vec)
-        q, k, v, h = self.before(x, mod, rope)
-        out, mlp = attend(q, k, v, beside=partial(self.mlp_in, h))
-        return self.after(x, mod, out, mlp)
-
-    def before(self, x, mod, rope):
-        """q, k, v [B, (S+L)/P, H, D], from the first rows of linear1; and what all its rows multiply."""
-        shift, scale, _ = mod[:, None].chunk(3, 2)
-        h, rows = modulate(layer_norm(x), shift, scale), 3 * x.shape[2]
-        qkv = F.linear(h, self.linear1.weight[:rows], self.linear1.bias[:rows])
+        shift, scale, gate = self.modulation(vec)
+        widths = 3 * x.shape[2], self.linear1.out_features - 3 * x.shape[2]
+        qkv, mlp = self.linear1(modulate(layer_norm(x), shift, scale)).split(widths, 2)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v, h
-
-    def mlp_in(self, h):
-        """The MLP's input, from the other rows of linear1: a third of the block's products, done while q, k, v travel."""
-        rows = 3 * h.shape[2]
-        return F.linear(h, self.linear1.weight[rows:], self.linear1.bias[rows:])
-
-    def after(self, x, mod, out, mlp):
-        gate = mod[:, None].chunk(3, 2)[2]
+        out = attend(torch.stack((rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v), 2))
         return x + gate * self.linear2(torch.cat((out, gelu(mlp)), 2))
 
 
@@ -471,23 +453,11 @@ class FinalLayer(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 # the model
 
-# what `checkpointing="attention"` keeps: outputs and log-sum-exps. Recomputing them is 87 % of recomputing a block
-KEPT = [
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.hunyuan_sp.fa4.default,
-]
-CHECKPOINTING = {
-    "none": None,
-    "full": noop_context_fn,
-    "attention": partial(create_selective_checkpoint_contexts, KEPT),
-}
-
 
 class HunyuanVideo(nn.Module):
-    """attention: "sdpa", or "fa4" for the optional FlashAttention-4 (ValueError where it can't run)."""
+    """attention: "sdpa", or "fa4" for the optional FlashAttention-4 (ValueError where it can't run). Another kernel:
+    `model.attention = f`, with f(q, k, v) -> out, all [B, L, H, D].
+    """
 
     def __init__(self, config, attention="sdpa"):
         super().__init__()
@@ -508,17 +478,16 @@ class HunyuanVideo(nn.Module):
         """The velocity [B, out_channels, T, h, w]; with gather=False this rank's patches of it [B, S/P, out*pt*ph*pw].
 
         latents [B, in_channels, T, h, w], h and w even; timestep [B] float in 0..1000 (1000 = noise); text [B, L, text_dim];
-        text_mask [B, L], 1 = real, right-padded, or a list of the B lengths (a mask on a GPU costs a synchronisation, and
-        FSDP2 takes it there); pooled [B, pooled_dim]; guidance [B], scale * 1000 (the release computes 6.0 in bf16: 6016),
-        for models that embed it.
-        group: the sp process group, whose ranks must all pass equal inputs. checkpointing: none, full or attention.
-        Padding influences nothing, and each sample of a batch is exactly as if alone.
+        text_mask [B, L], 1 = real, right-padded, or a list of the B lengths (reading a mask makes the CPU wait for the GPU);
+        pooled [B, pooled_dim]; guidance [B], scale * 1000 (the release computes 6.0 in bf16: 6016), for models that embed it.
+        group: the sp process group. Its ranks must all pass equal inputs, none of them split, and hold equal weights.
+        checkpointing: none, full or attention. Padding influences nothing, and each sample is exactly as if alone.
         ValueError for inputs that do not fit, before anything is exchanged.
         """
         lengths = self._check(latents, timestep, text, text_mask, pooled, guidance, group)
         dtype = self.img_in.proj.weight.dtype
         grid = [n // p for n, p in zip(latents.shape[2:], self.config.patch_size)]
-        video, run = math.prod(grid), partial(_run, checkpointing)
+        video, run_one = math.prod(grid), partial(run_block, checkpointing)
         latents, text, pooled = latents.to(dtype), text[:, : max(lengths)].to(dtype), pooled.to(dtype)
 
         # what modulates every token, [B, C] and equal on every rank
@@ -529,15 +498,17 @@ class HunyuanVideo(nn.Module):
         # from here on every token lives on one rank
         img = self.img_in(split_sequence(patchify(latents, self.config.patch_size), group))  # [B, S/P, C]
         txt = split_sequence(self.txt_in(text, timestep, lengths), group)  # [B, L/P, C]
-        txt = txt.clone(memory_format=torch.contiguous_format)  # a slice's strides would be a graph of their own
-        rope = self._rope(grid, img.shape[1], txt.shape[1], group, img.device)
+        # a slice's strides would be a compiled graph of their own
+        txt = txt.clone(memory_format=torch.contiguous_format)
+        start = sum(split_sizes(video, group)[: group_rank(group)])
+        rope = rope_table(self.config, grid, start, start + img.shape[1], txt.shape[1], img.device)
         attend = partial(joint_attention, video=video, text=lengths, group=group, attention=self.attention)
 
         for n, block in enumerate(self.double_blocks):
-            img, txt = run(f"double_block {n}", block, img, txt, vec, rope, attend)
+            img, txt = run_one(f"double_block {n}", block, img, txt, vec, rope, attend)
         x = torch.cat((img, txt), 1)
         for n, block in enumerate(self.single_blocks):
-            x = run(f"single_block {n}", block, x, vec, rope, attend)
+            x = run_one(f"single_block {n}", block, x, vec, rope, attend)
         out = self.final_layer(x[:, : img.shape[1]], vec)
 
         if not gather:
@@ -550,26 +521,16 @@ class HunyuanVideo(nn.Module):
         return [*self.double_blocks, *self.single_blocks]
 
     def compile_blocks(self):
-        """torch.compile on each side of attention: whole graphs, nothing of ranks in them, the same for all blocks.
+        """torch.compile on both sides of each block's attention: nothing of ranks is in it, and all blocks of a kind share it.
 
-        Other sizes are compiled anew, up to eight times, the second time for any size above 1; after that they run uncompiled.
+        The second size compiles one graph for all sizes above 1. After eight graphs, whatever comes runs uncompiled. What
+        is outside the blocks (embedders, refiner, final layer) stays as it is: it is too small to count.
         """
         # with this fusion the gradients of modulation's chunks, views of one buffer, are never written: pytorch issue 193061;
         # whether rows are padded is decided by timing: of two graphs for the same rows one may keep what the other can't recompute
         options = {"triton.mix_order_reduction": False, "shape_padding": False}
         for block in self.blocks:
-            for part in ("before", "mlp_in", "after"):
-                if hasattr(block, part):
-                    setattr(block, part, torch.compile(getattr(block, part), options=options))
-
-    def _rope(self, grid, video, text, group, device):
-        """The rows of this rank's video tokens, then no rotation for its text tokens."""
-        start = sum(split_sizes(math.prod(grid), group)[: group_rank(group)])
-        config = self.config
-        cos, sin = rope_table(grid, config.rope_dims, config.rope_theta, start, start + video, device)
-        cos, sin = cos.repeat_interleave(2, 1), torch.stack((-sin, sin), -1).flatten(1)
-        still = cos.new_ones(text, cos.shape[1])
-        return torch.cat((cos, still)), torch.cat((sin, still - 1))
+            block.compile(options=options)
 
     def _check(self, latents, timestep, text, text_mask, pooled, guidance, group):
         config = self.config
@@ -614,7 +575,11 @@ def text_lengths(mask):
     return lengths
 
 
-def _run(checkpointing, name, block, *args):
+# --------------------------------------------------------------------------------------------------------------------
+# what makes it practical: activation checkpointing, another kernel, a count of the work
+
+
+def run_block(checkpointing, name, block, *args):
     """A block under its name in profiles, in backward's recomputation too."""
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"checkpointing {checkpointing!r} is none of {', '.join(CHECKPOINTING)}")
@@ -627,6 +592,69 @@ def _run(checkpointing, name, block, *args):
         return named(*args)
     context = CHECKPOINTING[checkpointing]
     return checkpoint(named, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+
+
+FA4_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def fa4(q, k, v):
+    """The same by FlashAttention-4: on Hopper a forward at 119k tokens is 1.15 times as fast as with cuDNN. On Blackwell,
+    where it runs too, cuDNN is the faster one."""
+    if q.dtype not in FA4_DTYPES:
+        raise ValueError(f"attention fa4 computes in bfloat16 or float16, the model is in {str(q.dtype)[6:]}")
+    return _fa4(q, k, v)[0]
+
+
+# An operator of its own, so that checkpointing can keep its output: (out [B, L, H, D], log-sum-exp [B, H, L]). It calls the
+# package's kernels: torch's switch, activate_flash_attention_impl("FA4"), expects two results where 4.0.0b36 returns five
+@torch.library.custom_op("hunyuan_sp::fa4", mutates_args=())
+def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    return _flash_attn_fwd(q, k, v, return_lse=True)[:2]
+
+
+def _fa4_backward(ctx, grad, _):
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    q, k, v, out, lse = ctx.saved_tensors
+    return _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse)[:3]
+
+
+_fa4.register_autograd(_fa4_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
+
+
+def attention_kernel(name):
+    """ "sdpa" or "fa4" as a function; ValueError, one sentence, where it can't run. The only place that decides."""
+    if name == "sdpa":
+        return sdpa
+    if name != "fa4":
+        raise ValueError(f"attention {name!r} is none of sdpa, fa4")
+    try:
+        import flash_attn.cute.interface  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"attention fa4 needs FlashAttention-4, pip install --pre flash-attn-4 ({error})") from None
+    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    if gpu[0] not in (9, 10):
+        found = f"this one has {gpu[0]}.{gpu[1]}" if gpu[0] else "there is none here"
+        raise ValueError(f"attention fa4 needs a GPU of compute capability 9 or 10, {found}")
+    return fa4
+
+
+# What `checkpointing="attention"` keeps: outputs and log-sum-exps. At 118,800 tokens recomputing them is 87 % of recomputing a
+# block. The exchanges are recomputed, and so is attention by a kernel that is not listed
+KEPT = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.hunyuan_sp.fa4.default,
+]
+CHECKPOINTING = {
+    "none": None,
+    "full": noop_context_fn,
+    "attention": partial(create_selective_checkpoint_contexts, KEPT),
+}
 
 
 def forward_flops(config, video, text):
@@ -650,7 +678,7 @@ def assign(param, full):
 
 
 def init_weights(model, seed=0):
-    """Initialise for training from scratch; a parameter's values depend on (seed, its name) alone, not on the layout.
+    """Initialise for training from scratch; a parameter's values depend on (seed, its name, kind of device), not the layout.
 
     Modulations and the last layer start at zero, so that every block starts as the identity.
     """
@@ -673,35 +701,46 @@ def init_weights(model, seed=0):
         assign(param, full)
 
 
-# original name, diffusers name (several: its rows are split over them), ComfyUI name where it is another
+# Each line is a layer: its name in the original, in diffusers (with +: its rows are split over several), and in
+# ComfyUI where it is another. The line above says what comes before the three names; * is the block's number
 # fmt: off
 NAMES = [
-    ("img_in.proj", "x_embedder.proj", ""),
-    ("time_in.mlp.0", "time_text_embed.timestep_embedder.linear_1", "time_in.in_layer"),
-    ("time_in.mlp.2", "time_text_embed.timestep_embedder.linear_2", "time_in.out_layer"),
-    ("guidance_in.mlp.0", "time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
-    ("guidance_in.mlp.2", "time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
-    ("vector_in.in_layer", "time_text_embed.text_embedder.linear_1", ""),
-    ("vector_in.out_layer", "time_text_embed.text_embedder.linear_2", ""),
-    ("txt_in.input_embedder", "context_embedder.proj_in", ""),
-    ("txt_in.t_embedder.mlp.0", "context_embedder.time_text_embed.timestep_embedder.linear_1", "txt_in.t_embedder.in_layer"),
-    ("txt_in.t_embedder.mlp.2", "context_embedder.time_text_embed.timestep_embedder.linear_2", "txt_in.t_embedder.out_layer"),
-    ("txt_in.c_embedder.linear_1", "context_embedder.time_text_embed.text_embedder.linear_1", "txt_in.c_embedder.in_layer"),
-    ("txt_in.c_embedder.linear_2", "context_embedder.time_text_embed.text_embedder.linear_2", "txt_in.c_embedder.out_layer"),
-    *[(f"txt_in.individual_token_refiner.blocks.*.{a}", " ".join(f"context_embedder.token_refiner.refiner_blocks.*.{x}" for x in b.split()), c and f"txt_in.individual_token_refiner.blocks.*.{c}") for a, b, c in [
+    (("", "", ""), [
+        ("img_in.proj", "x_embedder.proj", ""),
+        ("time_in.mlp.0", "time_text_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+        ("time_in.mlp.2", "time_text_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+        ("guidance_in.mlp.0", "time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
+        ("guidance_in.mlp.2", "time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
+        ("vector_in.in_layer", "time_text_embed.text_embedder.linear_1", ""),
+        ("vector_in.out_layer", "time_text_embed.text_embedder.linear_2", ""),
+        ("final_layer.adaLN_modulation.1", "norm_out.linear", ""),
+        ("final_layer.linear", "proj_out", ""),
+    ]),
+    (("txt_in.", "context_embedder.", "txt_in."), [
+        ("input_embedder", "proj_in", ""),
+        ("t_embedder.mlp.0", "time_text_embed.timestep_embedder.linear_1", "t_embedder.in_layer"),
+        ("t_embedder.mlp.2", "time_text_embed.timestep_embedder.linear_2", "t_embedder.out_layer"),
+        ("c_embedder.linear_1", "time_text_embed.text_embedder.linear_1", "c_embedder.in_layer"),
+        ("c_embedder.linear_2", "time_text_embed.text_embedder.linear_2", "c_embedder.out_layer"),
+    ]),
+    ((
+        "txt_in.individual_token_refiner.blocks.*.",
+        "context_embedder.token_refiner.refiner_blocks.*.",
+        "txt_in.individual_token_refiner.blocks.*.",
+    ), [
         ("norm1", "norm1", ""),
         ("norm2", "norm2", ""),
-        ("self_attn_qkv", "attn.to_q attn.to_k attn.to_v", "self_attn.qkv"),
+        ("self_attn_qkv", "attn.to_q+attn.to_k+attn.to_v", "self_attn.qkv"),
         ("self_attn_proj", "attn.to_out.0", "self_attn.proj"),
         ("mlp.fc1", "ff.net.0.proj", "mlp.0"),
         ("mlp.fc2", "ff.net.2", "mlp.2"),
         ("adaLN_modulation.1", "norm_out.linear", ""),
-    ]],
-    *[(f"double_blocks.*.{a}", " ".join(f"transformer_blocks.*.{x}" for x in b.split()), f"double_blocks.*.{c}") for a, b, c in [
+    ]),
+    (("double_blocks.*.", "transformer_blocks.*.", "double_blocks.*."), [
         ("img_mod.linear", "norm1.linear", "img_mod.lin"),
         ("txt_mod.linear", "norm1_context.linear", "txt_mod.lin"),
-        ("img_attn_qkv", "attn.to_q attn.to_k attn.to_v", "img_attn.qkv"),
-        ("txt_attn_qkv", "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "txt_attn.qkv"),
+        ("img_attn_qkv", "attn.to_q+attn.to_k+attn.to_v", "img_attn.qkv"),
+        ("txt_attn_qkv", "attn.add_q_proj+attn.add_k_proj+attn.add_v_proj", "txt_attn.qkv"),
         ("img_attn_q_norm", "attn.norm_q", "img_attn.norm.query_norm"),
         ("img_attn_k_norm", "attn.norm_k", "img_attn.norm.key_norm"),
         ("txt_attn_q_norm", "attn.norm_added_q", "txt_attn.norm.query_norm"),
@@ -712,19 +751,21 @@ NAMES = [
         ("img_mlp.fc2", "ff.net.2", "img_mlp.2"),
         ("txt_mlp.fc1", "ff_context.net.0.proj", "txt_mlp.0"),
         ("txt_mlp.fc2", "ff_context.net.2", "txt_mlp.2"),
-    ]],
-    *[(f"single_blocks.*.{a}", " ".join(f"single_transformer_blocks.*.{x}" for x in b.split()), c and f"single_blocks.*.{c}") for a, b, c in [
+    ]),
+    (("single_blocks.*.", "single_transformer_blocks.*.", "single_blocks.*."), [
         ("modulation.linear", "norm.linear", "modulation.lin"),
-        ("linear1", "attn.to_q attn.to_k attn.to_v proj_mlp", ""),
+        ("linear1", "attn.to_q+attn.to_k+attn.to_v+proj_mlp", ""),
         ("linear2", "proj_out", ""),
         ("q_norm", "attn.norm_q", "norm.query_norm"),
         ("k_norm", "attn.norm_k", "norm.key_norm"),
-    ]],
-    ("final_layer.adaLN_modulation.1", "norm_out.linear", ""),
-    ("final_layer.linear", "proj_out", ""),
+    ]),
 ]
 # fmt: on
-TABLE = {original: (diffusers.split(), [comfyui or original]) for original, diffusers, comfyui in NAMES}
+TABLE = {
+    original + name: ([diffusers + n for n in theirs.split("+")], [comfyui + (other or name)])
+    for (original, diffusers, comfyui), layers in NAMES
+    for name, theirs, other in layers
+}
 NAMINGS = ("original", "diffusers", "comfyui")
 PREFIXES = "model.diffusion_model. model.model. diffusion_model. transformer. module. model. _orig_mod.".split()
 
@@ -823,6 +864,23 @@ def open_safetensors(file):
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
 
 
+def text_fits(shapes, config):
+    """Whether {name: shape} has text [L, text_dim], L > 0, and pooled [pooled_dim]."""
+    text = shapes.get("text", [])
+    return text[1:] == [config.text_dim] and text[0] > 0 and shapes.get("pooled") == [config.pooled_dim]
+
+
+def read_text(file, config):
+    """text [L, text_dim] and pooled [pooled_dim] of a safetensors file; ValueError where it has others."""
+    with open_safetensors(file) as handle:
+        shapes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}
+        if not text_fits(shapes, config):
+            raise ValueError(
+                f"{file} holds {shapes}, expected text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
+            )
+        return handle.get_tensor("text").float(), handle.get_tensor("pooled").float()
+
+
 def _open(file):
     handle = open_safetensors(file)
     slices = {name: handle.get_slice(name) for name in handle.keys()}
@@ -859,10 +917,18 @@ def save_weights(model, folder, naming="original", dtype=torch.bfloat16, shard_b
         (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
+def write_safetensors(tensors, file):
+    """OSError where it can't be written."""
+    try:
+        save_file(tensors, file, metadata=dict(format="pt"))
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{file} could not be written: {error}") from None
+
+
 def _write_shard(writes, folder, stem, shards):
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(shards[-1], folder / f"{stem}-{len(shards):05d}.safetensors", metadata=dict(format="pt"))
+        write_safetensors(shards[-1], folder / f"{stem}-{len(shards):05d}.safetensors")
     shards[-1] = {}
 
 
@@ -887,3 +953,53 @@ def diffusers_config(config):
         rope_theta=config.rope_theta,
         rope_axes_dim=list(config.rope_dims),
     )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the lesson
+
+
+def lesson(token=30):
+    """One token's journey through a tiny model of 45 video and 7 text tokens: what each rank holds at every stage."""
+    torch.manual_seed(0)
+    manager, stages = ParallelManager(1, None, "cpu"), []
+    group = manager.sp_group
+    model = HunyuanVideo(HunyuanConfig.preset("tiny", double_depth=1, single_depth=1))
+    sizes = split_sizes(45, group)
+    home = next(r for r in range(manager.world_size) if token < sum(sizes[: r + 1]))
+
+    def see(name, *tensors):
+        stages.append((name, " and ".join(str(list(x.shape)) for x in tensors)))
+
+    def watch(module, name):
+        module.register_forward_hook(lambda _, args, out: see(name, *(out if isinstance(out, tuple) else (out,))))
+
+    def attention(q, k, v):
+        see("  after the all-to-all, q, k and v each: all tokens, some heads", q)
+        return sdpa(q, k, v)
+
+    double, single, model.attention = model.double_blocks[0], model.single_blocks[0], attention
+    watch(model.img_in, "video: patches, split, then embedded")
+    watch(model.txt_in, "text: refined whole on every rank, then split as well")
+    watch(double.img_attn_qkv, "dual-stream block: video's q k v")
+    watch(double.txt_attn_qkv, "  text's q k v")
+    watch(double.img_attn_proj, "  after the way back: video's tokens, all heads")
+    watch(double, "  video and text")
+    watch(single.linear1, "single-stream block, video and text joined: q k v and MLP")
+    watch(single, "  the block's output")
+    watch(model.final_layer, "final layer, video alone")
+    with torch.no_grad():
+        inputs = torch.randn(1, 3, 3, 6, 10), torch.tensor([500.0]), torch.randn(1, 7, 32), [7], torch.randn(1, 32)
+        see("gathered, for sampling only", model(*inputs, group=group))
+    everyone = manager.together(lambda: [shapes for _, shapes in stages])
+    if manager.is_main:
+        print(
+            f"video token {token} of 45 lives on rank {home}, as row {token - sum(sizes[:home])} of its {sizes[home]}"
+        )
+        for n, (name, _) in enumerate(stages):
+            print(f"{name:64}" + "   ".join(f"rank {r}: {shapes[n]}" for r, shapes in enumerate(everyone)))
+    return manager
+
+
+if __name__ == "__main__":
+    run(lesson, ".")

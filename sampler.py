@@ -6,12 +6,23 @@
 It takes plain integers and never asks torch.distributed. All sp ranks of a group build it with the same dp_rank and get the
 same batches, so changing sp changes nothing. An epoch is one sequence of global batches, a pure function of (seed, epoch);
 a rank's micro-batch is a slice of one. So the samples of step n do not depend on dp_size or accumulation either.
+
+    $ python sampler.py    # who gets which sample, over an epoch with a tail and a resume
+
+Whoever has a batch sampler already deals its batches out to the dp ranks with `BatchSamplerShard`.
 """
 
+import hashlib
 from collections import defaultdict
 
 import torch
 from torch.utils.data import Sampler
+
+
+def seeded(*key):
+    """A random stream that is a function of the key alone: never of a rank, nor of what came before."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class SampleIndex(int):
@@ -151,3 +162,67 @@ class DPSPBatchSampler(Sampler):
             batches = [b for b in batches if len(b) == size]
         place = {i: n for n, i in enumerate(indices)}
         return sorted(batches, key=lambda batch: place[batch[0]])
+
+
+class BatchSamplerShard(Sampler):
+    """Deals out the batches of any batch sampler: dp rank r gets the batches r, r + dp_size, ..; all ranks as many.
+
+    batch_sampler: yields lists of integers, in the same order on every rank (seed it alike everywhere).
+    tail: what happens to the last batches where they don't reach every rank. "pad": the other ranks get them again with
+    weight 0, so that every sample counts exactly once. "drop": they are left out.
+    Yields lists of SampleIndex. epoch counts the passes over it; set it after a resume.
+    """
+
+    def __init__(self, batch_sampler, dp_rank, dp_size, tail="pad"):
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"dp_rank {dp_rank} is not between 0 and {dp_size - 1}")
+        if tail not in ("pad", "drop"):
+            raise ValueError(f"tail {tail!r} is neither pad nor drop")
+        self.batch_sampler, self.dp_rank, self.dp_size, self.tail, self.epoch = batch_sampler, dp_rank, dp_size, tail, 0
+
+    def __len__(self):
+        full, rest = divmod(len(self.batch_sampler), self.dp_size)
+        return full + (rest > 0 and self.tail == "pad")
+
+    def __iter__(self):
+        dealt = []
+        for batch in self.batch_sampler:
+            dealt.append(batch)
+            if len(dealt) == self.dp_size:
+                yield [SampleIndex(i, 1.0, self.epoch) for i in dealt[self.dp_rank]]
+                dealt = []
+        if dealt and self.tail == "pad":
+            weight = float(self.dp_rank < len(dealt))
+            yield [SampleIndex(i, weight, self.epoch) for i in dealt[self.dp_rank % len(dealt)]]
+        self.epoch += 1
+
+
+def lesson(samples=14, batch=4):
+    """One epoch with a tail, stopped after two steps and resumed on another layout. In brackets: weight 0."""
+
+    def ranks_of(dp, sp, state=None):
+        print(f"dp {dp} x sp {sp}: {samples} samples, a global batch of {batch}; the sp ranks of a group get the same")
+        samplers = [DPSPBatchSampler(samples, batch, rank, dp) for rank in range(dp)]
+        for sampler in samplers if state else []:
+            sampler.load_state_dict(state)
+        return samplers, sp
+
+    def step(number, samplers, sp):
+        for dp_rank, sampler in enumerate(samplers):
+            ranks = " ".join(str(dp_rank * sp + sp_rank) for sp_rank in range(sp))
+            share = " ".join(str(int(i)) if i.weight else f"({int(i)})" for i in next(iter(sampler)))
+            print(f"  step {number}, dp group {dp_rank} (ranks {ranks}): samples {share}")
+        return all([sampler.advance() for sampler in samplers])
+
+    start = ranks_of(2, 2)
+    step(1, *start), step(2, *start)
+    state = start[0][0].state_dict()
+    print(f"stopped. The state: {state}")
+    resumed = ranks_of(1, 4, state)
+    assert [step(3, *resumed), step(4, *resumed)] == [False, True]
+    print("the epoch is over, each sample was seen once; the next has another order")
+    step(5, *resumed)
+
+
+if __name__ == "__main__":
+    lesson()

@@ -1,18 +1,19 @@
 """One check per rule. The rules about ranks run on every layout (dp x sp), one spawn a layout, all checks inside it:
 
     $ pytest                        # CPU and gloo; a layout with enough GPUs runs on them with NCCL
-    $ pytest -k 1x3                 # one layout
-    $ pytest -k gradients -x        # one rule
-    $ LONG=1 pytest -k "kill or soak or 100_runs"   # an hour on two cores: 50 kills instead of 2, ..
-    $ COMPILE=1 CHECKS=gradients LAYOUTS=1x3 pytest -k test_on      # the same gradients from compiled blocks
-    $ LONG=1 CHECKS=three_steps LAYOUTS="1x1 3x1 2x3 3x2" pytest -k test_on   # some checks on other layouts
+    $ pytest -k gradients -x        # one rule, and it alone
+    $ pytest -k "1x3 and sampling"  # one rule on one layout
+    $ LAYOUTS="1x1 3x1 2x3" pytest -k three_steps          # on other layouts
+    $ COMPILE=1 LAYOUTS=1x3 pytest -k "1x3 and gradients"  # the same gradients from blocks that Inductor compiled
 
 Everything is compared with one device (group=None) in float64 at sizes that do not divide: what is left is summation order.
+What takes longer than minutes is in `.ci/endurance.py`: the same functions with larger numbers.
 """
 
 import contextlib
 import copy
 import gzip
+import io
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import sys
 import time
 import traceback
 import types
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
@@ -39,49 +41,27 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import comm
 import hunyuan_sp
 import infer_min
 import train_min
-from comm import (
-    ParallelManager,
-    all_to_all,
-    checkpoints,
-    checksum,
-    gather_sequence,
-    read_manifest,
-    split_sequence,
-    split_sizes,
-)
-from hunyuan_sp import (  # fmt: skip
-    CHECKPOINTING,
-    HunyuanConfig,
-    HunyuanVideo,
-    SingleBlock,
-    export_weight,
-    forward_flops,
-    init_weights,
-    load_weights,
-    names_in,
-    patchify,
-    rope_table,
-    save_weights,
-    sinusoid,
-    text_lengths,
-)
-from sampler import DPSPBatchSampler, SampleIndex
+from comm import Checkpoints, ParallelManager, all_to_all, gather_sequence, manifests, split_sequence, split_sizes
+from hunyuan_sp import HunyuanConfig, HunyuanVideo, export_weight, init_weights, joint_attention, load_weights, patchify
+from sampler import BatchSamplerShard, DPSPBatchSampler, SampleIndex, seeded
+from train_min import Shapes
 
 HERE = Path(__file__).parent
+GOLD = HERE / "golden"
 LAYOUTS = os.environ.get("LAYOUTS", "1x1 1x2 2x1 1x3 2x2 1x4 1x5").split()
-LONG = bool(os.environ.get("LONG"))  # what does not fit into ten minutes
-KILLS, STEPS = (50, 50) if LONG else (2, 8)
 # 5 heads divide by no sp but 1 and 5; more channels in than out, as in image-to-video
 CONFIG = HunyuanConfig(5, (2, 2, 4), 256.0, 2, 2, 1, 2.0, 5, 4, (1, 2, 2), 12, 6, True)
 GOLDEN = HunyuanConfig(6, (2, 2, 4), 256.0, 2, 2, 2, 2.0, 8, 8, (1, 2, 2), 40, 24, True)
+NAMES = ("latents", "timestep", "text", "text_mask", "pooled", "guidance")
 
 
 def close(ours, truth, tolerance=1e-10):
@@ -90,25 +70,29 @@ def close(ours, truth, tolerance=1e-10):
     assert difference <= tolerance * (size + 1e-3), f"{difference:.3e} off at size {size:.3e}"
 
 
+def equal(ours, truth):
+    """Two dicts or lists of tensors, bit for bit."""
+    if isinstance(truth, dict):
+        assert truth.keys() == ours.keys()
+        ours, truth = [ours[name] for name in truth], truth.values()
+    return all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
+
+
+def draws(seed, dtype=torch.float64):
+    return partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 def random_model(config, device="cpu", dtype=torch.float64, seed=0):
     """No parameter is zero: zero-initialised modulation would hide every block."""
-    model, generator = HunyuanVideo(config).to(dtype), torch.Generator().manual_seed(seed)
+    model, draw = HunyuanVideo(config).to(dtype), draws(seed, dtype)
     for param in model.parameters():
-        param.data = torch.randn(param.shape, generator=generator, dtype=dtype) * (0.5 if param.dim() < 2 else 0.2)
+        param.data = draw(param.shape) * (0.5 if param.dim() < 2 else 0.2)
     return model.to(device)
 
 
-def golden_frequencies():
-    """The fixture's 128 time frequencies, bit for bit. Another CPU's float32 exp rounds two of them the other way, and at
-    t = 6016 that moves the output by 2e-4: a property of the model, seen with every implementation."""
-    frequencies = load_file(HERE / "golden" / "time_frequencies.safetensors")["frequencies"]
-    return mock.patch.object(hunyuan_sp, "time_frequencies", lambda device=None: frequencies.to(device))
-
-
 def random_inputs(config, latents, lengths, device="cpu", seed=1):
-    """latents (B, T, h, w), lengths: B valid text lengths."""
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    batch, length = len(lengths), max(lengths) + 1
+    """latents (T, h, w), lengths: B valid text lengths."""
+    draw, batch, length = draws(seed), len(lengths), max(lengths) + 1
     inputs = dict(
         latents=draw(batch, config.in_channels, *latents),
         timestep=torch.linspace(990.5, 3.25, batch),
@@ -120,45 +104,96 @@ def random_inputs(config, latents, lengths, device="cpu", seed=1):
     return inputs | dict(text_mask=torch.arange(length) < torch.tensor(lengths)[:, None])
 
 
+def golden_frequencies():
+    """The fixture's 128 time frequencies, bit for bit. Another CPU's float32 exp rounds two of them the other way, and at
+    t = 6016 that moves the output by 2e-4: a property of the model, seen with every implementation."""
+    frequencies = load_file(GOLD / "time_frequencies.safetensors")["frequencies"]
+    return mock.patch.object(hunyuan_sp, "time_frequencies", lambda device=None: frequencies.to(device))
+
+
+def eager_compiler():
+    """torch.compile without Inductor: dynamo's graphs, as many as there would be, run as they are."""
+    compiler = torch.compile
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return mock.patch.object(torch, "compile", lambda part, **_: compiler(part, backend="eager"))
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# checks on every layout: (pm, folder) -> None; `folder` is shared by the ranks and left for the tests below
+# checks on every layout: (pm, folder) -> None; `folder` is shared by the ranks and by all layouts
+
+
+def check_groups_are_who_they_say(pm, folder):
+    """sp ranks are neighbours; every group has the manager's time-out; an own mesh gives the ranks that it says."""
+
+    def seconds(group, device=pm.device):
+        return group._get_backend(device).options._timeout.total_seconds()
+
+    def members(manager):
+        return [dist.get_process_group_ranks(group) for group in (manager.dp_group, manager.sp_group)]
+
+    dp, sp = pm.dp_size, pm.sp_size
+    assert (pm.rank, pm.world_size, pm.is_main) == (dist.get_rank(), dp * sp, dist.get_rank() == 0)
+    assert pm.rank == pm.dp_rank * sp + pm.sp_rank
+    assert members(pm) == [[*range(pm.sp_rank, dp * sp, sp)], [*range(pm.dp_rank * sp, (pm.dp_rank + 1) * sp)]]
+    patient = ParallelManager(dp, sp, pm.device.type, timeout=97.0)
+    groups = [patient.dp_group, patient.sp_group]
+    for size in {1, sp, dp * sp}:
+        layer = torch.nn.Linear(4, 4, device=pm.device)
+        patient.shard(layer, [], shard_size=size)
+        mesh = layer.weight.device_mesh
+        assert mesh.mesh_dim_names == (("shard",) if size == dp * sp else ("replicate", "shard"))
+        groups += mesh.get_all_groups()
+    cpu = [patient.cpu_group, Checkpoints(patient, folder).group]
+    assert {*map(seconds, groups), *(seconds(group, torch.device("cpu")) for group in cpu)} == {97.0}
+
+    own = ParallelManager(mesh=init_device_mesh(pm.device.type, (dp, sp), mesh_dim_names=("dp", "sp")))
+    for name in ("rank", "world_size", "is_main", "dp_rank", "dp_size", "sp_rank", "sp_size", "device"):
+        assert getattr(own, name) == getattr(pm, name), name
+    assert members(own) == members(pm)
+    other = ParallelManager(mesh=init_device_mesh(pm.device.type, (sp, dp), mesh_dim_names=("sp", "dp")))
+    assert (other.sp_rank, other.dp_rank, other.sp_size, other.dp_size) == (*divmod(pm.rank, dp), sp, dp)
+    assert other.sum(1, other.sp_group) == sp and other.sum(1, other.dp_group) == dp
+    part, names = torch.arange(1).view(1, 1), ("dp", "sp")
+    wrong = [init_device_mesh(pm.device.type, (dp, sp), mesh_dim_names=("dp", "tp"))]
+    wrong += [DeviceMesh(pm.device.type, part, mesh_dim_names=names)] * (pm.world_size > 1)
+    for mesh in wrong:
+        with pytest.raises(ValueError, match="a mesh needs the dims dp and sp over all ranks"):
+            ParallelManager(mesh=mesh)
 
 
 def check_all_to_all_moves_what_it_says(pm, folder):
     group, ranks = pm.sp_group, pm.sp_size
     tokens, heads = [3 * (r % 2) + r for r in range(ranks)], split_sizes(7, group)  # rank 0 holds nothing
-    for channels in (3, 4):  # rows of 12 and of 16 bytes
-        whole = torch.randn(2, sum(tokens), 7, channels, generator=torch.Generator().manual_seed(0)).to(pm.device)
-        mine_t, mine_h = whole.split(tokens, 1)[pm.sp_rank], whole.split(heads, 2)[pm.sp_rank]
-        assert torch.equal(all_to_all(mine_t, group, 2, 1, heads, tokens), mine_h)
-        assert torch.equal(all_to_all(mine_h, group, 1, 2, tokens, heads), mine_t)
-        every_other = torch.stack((mine_t, mine_t), -1)[..., 0]
-        assert torch.equal(all_to_all(every_other, group, 2, 1, heads, tokens), mine_h)
-        three = all_to_all((mine_t, -mine_t, 2 * mine_t), group, -2, -3, None, tokens)
-        assert all(torch.equal(a, b) for a, b in zip(three, (mine_h, -mine_h, 2 * mine_h)))
+    whole = draws(0)(2, sum(tokens), 7, 3).to(pm.device)
+    mine_t, mine_h = whole.split(tokens, 1)[pm.sp_rank], whole.split(heads, 2)[pm.sp_rank]
+    assert torch.equal(all_to_all(mine_t, group, 2, 1, heads, tokens), mine_h)
+    assert torch.equal(all_to_all(mine_h, group, -3, -2, tokens, heads), mine_t)
+    every_other = torch.stack((mine_t, mine_t), -1)[..., 0]
+    assert torch.equal(all_to_all(every_other, group, -2, 1, heads, tokens), mine_h)
+    stacked = all_to_all(torch.stack((mine_t, -mine_t), 2), group, 3, 1, heads, tokens)
+    assert torch.equal(stacked, torch.stack((mine_h, -mine_h), 2))
     for length in (1, ranks, 4 * ranks + 1):
-        x = torch.arange(2.0 * length, device=pm.device).view(2, length)
-        assert torch.equal(gather_sequence(split_sequence(x, group), group, length), x)
+        for dim in (1, -2):
+            x = torch.arange(6.0 * length, device=pm.device).view(2, length, 3)
+            assert torch.equal(gather_sequence(split_sequence(x, group, dim), group, length, dim), x)
     with pytest.raises(ValueError, match="does not fit the sizes"):
         all_to_all(mine_t, group, 2, 1, heads, [t + 1 for t in tokens])
+    for sizes in ((heads + [0], tokens), (heads, tokens + [0])):
+        with pytest.raises(ValueError, match=f"{ranks} ranks need as many sizes"):
+            all_to_all(mine_t, group, 2, 1, *sizes)
 
 
 def check_collectives_are_transposes(pm, folder):
     """<Ax, y> = <x, A'y>, summed over ranks, at uneven splits: backward is the exact transpose of forward."""
     group, ranks, me = pm.sp_group, pm.sp_size, pm.sp_rank
     tokens, heads = [r + 1 for r in range(ranks)], split_sizes(ranks + 1, group)
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(pm.rank), dtype=torch.float64)
-    length = 3 * ranks - 1
-
-    def both(x):
-        return torch.cat(all_to_all((x, 2 * x), group, 2, 1, heads, tokens), 3)
-
+    draw, length = draws(pm.rank), 3 * ranks - 1
     cases = {
         "scatter heads": (draw(2, tokens[me], sum(heads), 3), lambda x: all_to_all(x, group, 2, 1, heads, tokens)),
         "scatter tokens": (draw(2, sum(tokens), heads[me], 3), lambda x: all_to_all(x, group, 1, 2, tokens, heads)),
         "gather": (draw(2, split_sizes(length, group)[me], 3), lambda x: gather_sequence(x, group, length)),
         "split": (draw(2, length, 3), lambda x: split_sequence(x, group)),
-        "two tensors": (draw(2, tokens[me], sum(heads), 3), both),
     }
     for name, (x, collective) in cases.items():
         x = x.to(pm.device).requires_grad_()
@@ -170,40 +205,25 @@ def check_collectives_are_transposes(pm, folder):
         assert abs(sides[0] - sides[1]) < 1e-10 and abs(sides[0]) > 1e-3, f"{name}: {sides.tolist()}"
 
 
-def check_work_beside_an_exchange(pm, folder):
-    """Between sending and receiving, forward and backward; the values are those of work done after it."""
-    group, order = pm.sp_group, []
-    tokens, heads = split_sizes(4, group), split_sizes(6, group)
-    x = torch.randn(1, tokens[pm.sp_rank], 6, 2, dtype=torch.float64).to(pm.device).requires_grad_()
-    h = torch.randn(3, device=pm.device, requires_grad=True)
+def check_second_order_gradients(pm, folder):
+    """A gradient penalty, the squared gradient of the loss by its input, beside a residual: equal to one device."""
+    draw, length = draws(0), 11
+    x, weight = (t.to(pm.device).requires_grad_() for t in (draw(1, length, 5, 4), draw(4, 4)))
 
-    class Work(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, h):
-            order.append("work")
-            return h * 2
+    def gradients(group):
+        tokens, heads, part = split_sizes(length, group), split_sizes(5, group), split_sequence(x, group)
+        h = all_to_all((part @ weight).tanh(), group, 2, 1, heads, tokens)  # [1, L, H/P, D]
+        h = all_to_all(h + h.softmax(1) * h.sum(1, keepdim=True), group, 1, 2, tokens, heads)
+        h = h * gather_sequence(h, group, length).tanh().mean(1, keepdim=True)
+        loss = (part + h).square().sum()
+        (slope,) = torch.autograd.grad(loss, part, create_graph=True)
+        penalty = slope.square().sum()
+        return [
+            g + h for g, h in zip(*(torch.autograd.grad(y, (x, weight), retain_graph=True) for y in (loss, penalty)))
+        ]
 
-        @staticmethod
-        def backward(ctx, grad):
-            order.append("work")
-            return grad * 2
-
-    def logged(owner, name):
-        method = getattr(owner, name)
-        return mock.patch.object(owner, name, lambda *a: (order.append(name), method(*a))[1])
-
-    model = random_model(replace(CONFIG, double_depth=0, single_depth=1), pm.device)
-    with logged(comm._Exchange, "send"), logged(comm._Exchange, "receive"), logged(SingleBlock, "mlp_in"):
-        model(**random_inputs(CONFIG, (1, 4, 6), (3,), pm.device), group=group, gather=False)
-        assert order == (["send", "mlp_in", "receive", "send", "receive"] if pm.sp_size > 1 else ["mlp_in"])
-        order.clear()
-        arrive = all_to_all(x, group, 2, 1, heads, tokens, async_op=True)
-        worked = Work.apply(h)
-        out = arrive()
-        out.square().sum().add(worked.sum()).backward()
-    assert order == (["send", "work", "receive"] * 2 if pm.sp_size > 1 else ["work", "work"])
-    assert torch.equal(out, all_to_all(x, group, 2, 1, heads, tokens))
-    assert torch.equal(x.grad, 2 * x) and torch.equal(h.grad, torch.full_like(h, 2))
+    for ours, truth in zip(gradients(pm.sp_group), gradients(None)):
+        close(pm.sum(ours, pm.sp_group), truth)
 
 
 CASES = {  # latents (T, h, w), valid text lengths
@@ -216,11 +236,9 @@ CASES = {  # latents (T, h, w), valid text lengths
 
 def check_gradients(pm, folder):
     """Forward, input gradients and every parameter gradient, under every checkpointing setting."""
-    everything = [(CONFIG, case, checkpointing) for case in CASES for checkpointing in CHECKPOINTING]
-    for config, name, checkpointing in [
-        *everything,
-        (replace(CONFIG, guidance_embed=False, in_channels=9), "ragged", "none"),
-    ]:
+    everything = [(CONFIG, case, checkpointing) for case in CASES for checkpointing in hunyuan_sp.CHECKPOINTING]
+    everything += [(replace(CONFIG, guidance_embed=False, in_channels=9), "ragged", "none")]
+    for config, name, checkpointing in everything:
         model, names = random_model(config, pm.device), ("latents", "text", "pooled")
         inputs = random_inputs(config, *CASES[name], pm.device)
         for n in names:
@@ -228,7 +246,7 @@ def check_gradients(pm, folder):
         params = dict(model.named_parameters())
         wanted = [*params.values(), *(inputs[n] for n in names)]
         truth = model(**inputs)
-        draw = partial(torch.randn, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        draw = draws(2)
         cotangents = [draw(truth.shape).to(pm.device) for _ in range(pm.sp_size)]
         true_grads = torch.autograd.grad(truth, wanted, sum(cotangents), retain_graph=True)
         if name == "ragged":
@@ -251,6 +269,138 @@ def check_gradients(pm, folder):
             close(pm.sum(g, pm.sp_group), t)
 
 
+class SplitThenGather(torch.autograd.Function):
+    """A split whose backward is an all-gather: right only where each rank's gradient would otherwise be discarded."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, ctx.length = group, x.shape[1]
+        return split_sequence(x, group).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return gather_sequence(grad, ctx.group, ctx.length), None
+
+
+def gather_then_slice(x, group, length):
+    """A gather whose backward is a slice."""
+    parts = [*gather_sequence(x.detach(), group, length).split(split_sizes(length, group), 1)]
+    parts[dist.get_rank(group)] = x
+    return torch.cat(parts, 1)
+
+
+# fmt: off
+MISTAKES = [  # and their cures
+    ("losses divided by the global count, gradients averaged over the ranks (DDP's and FSDP's default)", "sum: `set_gradient_divide_factor(1.0)`"),
+    ("the mean of local means", "local sums divided by the global count"),
+    ("a gather whose backward is a slice, the loss of all tokens on every rank, gradients averaged", "`gather_sequence`, or the loss of my tokens alone"),
+    ("an exact gather, the loss of all tokens on every rank, gradients summed", "the same loss is there sp times: divide it by sp, or take my tokens alone"),
+    ("what comes before the split, whole on every rank, is not summed over sp", "sum it over sp as well"),
+    ("a split whose backward is an all-gather, gradients summed", "`split_sequence`: a slice, whose backward is zeros elsewhere"),
+    ("padding counted: each shard padded to 4 tokens, of error 0", "count real tokens"),
+    ("the mean over two micro-batches, of 11 and 5 tokens", "one count for the whole step, over all micro-batches"),
+    ("each rank clips its shard by the shard's own norm", "`clip_grad_norm`: one norm over all shards"),
+]
+# fmt: on
+
+
+def commit_mistakes(group):
+    """What one sees of each, on 3 ranks with 4, 4 and 3 tokens: committed on purpose, and measured.
+
+    Three weights: `refine` before the split, whole on every rank; `attend` on split tokens; `read` after them (and after
+    the gather, where there is one).
+    """
+    draw, sizes, rank, P = draws(0), split_sizes(11, group), dist.get_rank(group), 3
+    weights = [(0.4 * draw(6, columns)).requires_grad_() for columns in (6, 18, 6)]
+    data = {length: (draw(1, length, 6), draw(1, length, 6)) for length in (11, 5)}
+    exact = partial(pytest.approx, rel=1e-10, abs=1e-10)
+
+    def errors(group, length=11, split=split_sequence, gather=None):
+        """The mean squared error of each of this rank's tokens, or of all of them after `gather`."""
+        (x, target), (refine, attend, read) = data[length], weights
+        h = split(x @ refine, group)
+        out = h + joint_attention((h @ attend).unflatten(2, (3, 3, 2)), length, [0], group)
+        out, target = (gather(out, group, length), target) if gather else (out, split_sequence(target, group))
+        return (out @ read - target).square().mean(2)
+
+    def of_rank(loss):
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, weights)])
+
+    def of_all(loss):
+        gradient = of_rank(loss)
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    def seen(wrong, right):
+        """(factor, what is not in the right gradient's direction, relative to its norm)."""
+        factor = (wrong @ right / (right @ right)).item()
+        return factor, ((wrong - factor * right).norm() / right.norm()).item()
+
+    def mixed(wrong, right):
+        factor, other = seen(wrong, right)
+        assert other > 0.01, "a pure factor"
+        return f"× {factor:.2f} in all, and {100 * other:.0f} % in another direction"
+
+    def factors(wrong, *expected):
+        """Those of the three weights' gradients, which have no other direction."""
+        parts = [seen(*pair) for pair in zip(wrong.split((36, 108, 36)), truth.split((36, 108, 36)))]
+        assert [f for f, _ in parts] == exact(expected) and max(other for _, other in parts) < 1e-10, parts
+        first, _, last = (f"× {factor:.3g}" for factor, _ in parts)
+        return first, last
+
+    truth = of_rank(errors(None).mean())
+    close(of_all(errors(group).sum() / 11), truth)  # the rule
+
+    every, _ = factors(of_all(errors(group).sum() / 11) / P, *[1 / 3] * 3)
+    yield f"{every}, 1 / (dp × sp), for every parameter"
+
+    wrong, count = of_all(errors(group).mean()) / P, [11 / (P * n) for n in sizes]
+    close(wrong, of_all(count[rank] * errors(group).sum() / 11))
+    yield f"tokens count × {count[0]:.3f} on ranks with 4, × {count[2]:.3f} on the one with 3: {mixed(wrong, truth)}"
+
+    before, after = factors(of_all(errors(group, gather=gather_then_slice).mean()) / P, 1 / 3, 1 / 3, 1)
+    yield f"{before}, 1 / sp, before the gather, {after} after it"
+
+    every, _ = factors(of_all(errors(group, gather=gather_sequence).mean()), 3, 3, 3)
+    yield f"{every}, sp, for every parameter"
+
+    parts = [torch.empty_like(truth) for _ in sizes]
+    dist.all_gather(parts, of_rank(errors(group).sum() / 11), group=group)
+    shares = [seen(part[:36], truth[:36]) for part in parts]
+    assert sum(factor for factor, _ in shares) == exact(1) and min(other for _, other in shares) > 0.01
+    told = ", ".join(f"{factor:.2f}" for factor, _ in shares)
+    yield f"each rank its own share, × {told}, and other directions: its copies drift apart"
+
+    before, after = factors(of_all(errors(group, split=SplitThenGather.apply).sum() / 11), 3, 1, 1)
+    yield f"{before}, sp, before the split, {after} after it"
+
+    padded = F.pad(errors(group), (0, 4 - sizes[rank]))
+    every, _ = factors(of_all(padded.mean() / P), *[11 / 12] * 3)
+    yield f"{every}, 11 / 12, for every parameter; another factor at another length"
+
+    counts, both = {n: 16 / (2 * n) for n in (11, 5)}, torch.cat([errors(None, n) for n in (11, 5)], 1)
+    right, wrong = of_rank(both.mean()), of_all(sum(errors(group, n).sum() / n for n in (11, 5)) / 2)
+    close(of_all(sum(errors(group, n).sum() / 16 for n in (11, 5))), right)
+    close(wrong, of_all(sum(counts[n] * errors(group, n).sum() / 16 for n in (11, 5))))
+    yield f"tokens count × {counts[11]:.3f} in the first, × {counts[5]:.3f} in the second: {mixed(wrong, right)}"
+
+    limit = truth.norm() / 2
+    wrong = torch.cat([part * (limit / part.norm()).clamp(max=1) for part in truth.tensor_split(P)])
+    assert 1.01 * limit < wrong.norm() <= P**0.5 * limit
+    yield f"a norm of {wrong.norm() / limit:.2f} times what was asked: {mixed(wrong, truth / 2)}"
+
+
+def check_wrong_gradients(pm, folder):
+    """README, "Why is my gradient wrong?": its table is what `commit_mistakes` measures. (On 1x3 alone.)"""
+    rows = [(mistake, seen, cure) for (mistake, cure), seen in zip(MISTAKES, commit_mistakes(pm.sp_group), strict=True)]
+    rows = [("mistake", "what you see, on 3 ranks with 4, 4 and 3 tokens", "cure"), *rows]
+    table = ["| " + " | ".join(row) + " |" for row in rows]
+    table.insert(1, "|---|---|---|")
+    readme = (HERE / "README.md").read_text().splitlines()
+    start = readme.index(table[0]) if table[0] in readme else len(readme)
+    assert readme[start : start + len(table)] == table, "README.md's table should be\n" + "\n".join(table)
+
+
 def check_bfloat16(pm, folder):
     """Against one device with the same weights: what attention rounds differently in another order of tokens.
     On GPUs at real size: 46,800 tokens, 4 + 8 blocks of the 13B."""
@@ -269,17 +419,18 @@ def check_bfloat16(pm, folder):
 
 
 def check_blocks_are_compiled_once(pm, folder):
-    """One graph for each side of attention, in every block, forward and recomputed, although text arrives as a slice."""
-    model = random_model(replace(CONFIG, double_depth=2, single_depth=2), pm.device)
-    compiler, counters = torch.compile, torch._dynamo.utils.counters
-    torch._dynamo.reset()
-    counters.clear()
-    with mock.patch.object(torch, "compile", lambda part, **_: compiler(part, fullgraph=True, backend="eager")):
-        model.compile_blocks()
+    """Two graphs for each kind of block, one on each side of attention, forward and recomputed, although text arrives as a
+    slice; and the gradients are the same."""
+    plain, model = (random_model(replace(CONFIG, double_depth=2, single_depth=2), pm.device) for _ in "12")
     inputs = random_inputs(CONFIG, (2, 8, 8), (2 * pm.sp_size + 1,), pm.device)
+    with eager_compiler():
+        model.compile_blocks()
     for _ in range(2):
         model(**inputs, group=pm.sp_group, checkpointing="attention").sum().backward()
-        assert counters["stats"]["unique_graphs"] == 5
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+        plain(**inputs, group=pm.sp_group).sum().backward()
+    for ours, truth in zip(model.parameters(), plain.parameters()):
+        close(ours.grad, truth.grad)
 
 
 def check_activation_memory(pm, folder):
@@ -305,16 +456,13 @@ def check_activation_memory(pm, folder):
 @golden_frequencies()
 def check_golden(pm, folder):
     """The published model's own numbers, at 175 video and 10 + 4 text tokens."""
-    io, grads = (load_file(HERE / "golden" / f"{n}.safetensors") for n in ("io", "grads_a_tencent"))
+    io, grads = (load_file(GOLD / f"{n}.safetensors") for n in ("io", "grads_a_tencent"))
     # cosines may round the other way too, which moves the output by 1e-8; where they don't, nothing is left
-    same = torch.equal(sinusoid(io["time.t"].to(pm.device)).cpu(), io["time.sinusoid256"])
+    same = torch.equal(hunyuan_sp.sinusoid(io["time.t"].to(pm.device)).cpu(), io["time.sinusoid256"])
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12 if same else 1e-6)):
-        model = HunyuanVideo(GOLDEN).to(dtype)
-        load_weights(model, HERE / "golden" / "weights_tencent.safetensors")
-        model.to(pm.device)
+        model = golden_model(dtype).to(pm.device)
         for case in "ab":
-            names = ("latents", "timestep", "text", "text_mask", "pooled", "guidance")
-            inputs = {n: io[f"{case}.{n}"] for n in names}
+            inputs = {n: io[f"{case}.{n}"] for n in NAMES}
             inputs = {n: x.to(pm.device, dtype) if x.is_floating_point() else x for n, x in inputs.items()}
             out = model(**inputs, group=pm.sp_group)
             assert (out.cpu() - io[f"{case}.out_ref64"]).abs().max() < tolerance
@@ -336,13 +484,13 @@ class Ragged:
         return 7
 
     def __getitem__(self, i):
-        draw = partial(torch.randn, generator=torch.Generator().manual_seed(int(i)), dtype=torch.float64)
+        draw = draws(int(i))
         return i, draw(4, 2, 4, 6), draw(1 + i % 4, CONFIG.text_dim), draw(CONFIG.pooled_dim)
 
 
-def check_three_steps(pm, folder):
+def check_three_steps(pm, folder, steps=8):
     """AdamW, clipping and accumulation under FSDP2 and HSDP: equal to one device on the whole batch, weight by weight,
-    after 3 steps at every setting and after STEPS at the first."""
+    after 3 steps at every setting and after `steps` at the first."""
     config = replace(CONFIG, in_channels=4)
     collate = partial(train_min.collate, seed=0, shift=3.0, caption_drop=0.3)
 
@@ -359,10 +507,10 @@ def check_three_steps(pm, folder):
     truth = random_model(config, pm.device)
     optimizer, stream, losses, norms = torch.optim.AdamW(truth.parameters(), weight_decay=0.1), batches(0, 1, 1), [], []
     weights = {}
-    for step in range(STEPS):
+    for step in range(steps):
         (batch,) = next(stream)
-        error = truth(**{k: batch[k] for k in ("latents", "timestep", "text", "text_mask", "pooled")},
-                      guidance=torch.full_like(batch["timestep"], 1000.0)) - batch["target"]  # fmt: skip
+        inputs = {k: batch[k] for k in NAMES[:5]} | dict(guidance=torch.full_like(batch["timestep"], 1000.0))
+        error = truth(**inputs) - batch["target"]
         loss = error[batch["weight"] > 0].square().mean()  # the definition: the mean over everything real
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(truth.parameters(), 0.5).item())
@@ -370,17 +518,16 @@ def check_three_steps(pm, folder):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        weights[step] = [p.detach().clone() for p in truth.parameters()] if step in (2, STEPS - 1) else None
+        weights[step] = [p.detach().clone() for p in truth.parameters()] if step in (2, steps - 1) else None
 
-    settings = [
-        (size, a, True, c) for size in {pm.world_size, pm.sp_size, 1} for a, c in ((1, "none"), (2, "attention"))
-    ]
+    sizes = {pm.world_size, pm.sp_size, 1}
+    settings = [(size, a, True, c) for size in sizes for a, c in ((1, "none"), (2, "attention"))]
     settings += [(pm.world_size, 1, False, "full")]
     for n, (shard_size, accumulation, reshard, checkpointing) in enumerate(settings):
-        last = 2 if n else STEPS - 1
+        last = 2 if n else steps - 1
         model = random_model(config, pm.device)
         pm.shard(model, model.blocks, shard_size=shard_size, reshard_after_forward=reshard)
-        pm.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
         stream = batches(pm.dp_rank, pm.dp_size, accumulation)
         for step in range(last + 1):
             micro = next(stream)
@@ -388,103 +535,144 @@ def check_three_steps(pm, folder):
             total = 0.0
             for m, batch in enumerate(micro):
                 loss = train_min.flow_loss(model, batch, 1.0, pm.sp_group, checkpointing) / count
-                pm.backward(loss, last=m == accumulation - 1)
+                pm.backward(model, loss, last=m == accumulation - 1)
                 total += loss.detach()
-            norm = pm.clip_grad_norm(0.5)
-            pm.optimizer.param_groups[0]["lr"] = rate(step)
-            pm.step()
+            norm = pm.clip_grad_norm(model, 0.5)
+            optimizer.param_groups[0]["lr"] = rate(step)
+            pm.step(optimizer)
             assert abs(pm.sum(total).item() - losses[step]) < 1e-10 and abs(norm - norms[step]) < 1e-10 * norms[step]
         for (name, param), true in zip(model.named_parameters(), weights[last]):
             assert isinstance(param, DTensor), name
             close(param.full_tensor(), true, 1e-10 if n else 1e-12)
-    pm.model = pm.optimizer = None
+
+
+def layout_flags(pm):
+    layout = ["--data_parallel_size", str(pm.dp_size), "--sequence_parallel_size", str(pm.sp_size)]
+    return [*layout, "--device", pm.device.type, "--dtype", "float32"]
 
 
 def train(pm, *flags):
-    """The trainer itself, in this process."""
-    layout = ["--dp", str(pm.dp_size), "--sp", str(pm.sp_size), "--device", pm.device.type, "--dtype", "float32"]
+    """The trainer itself, in this process; what it printed."""
     same = ["--deterministic"] if pm.device.type == "cuda" else []
-    return train_min.train(train_min.parse([*layout, *same, *flags]))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train_min.train(train_min.parse([*layout_flags(pm), *same, *flags]))
+    return printed.getvalue()
+
+
+def losses(path):
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
 
 
 # 5 samples on 2 x 2 micro-batches: dp ranks have 3 and 2, so that a count that is not global shows
 SHORT = "--steps 5 --warmup 2 --lr 1e-3 --batch 5 --accumulation 2 --caption_drop 0.5 --save_every 2".split()
 
 
-def check_loss_curve_and_resume(pm, folder):
-    """The same run on every layout; its step 2 goes on here, and then that one's step 4;
-    so does step 2 of the first layout and of the one before (LONG=1: of every one before)."""
+def check_loss_curve_and_resume(pm, folder, everyone=False):
+    """The same run on every layout. Its step 2 goes on here, and then that one's step 4; so does step 2 of the first layout
+    that ran and of the last one (or of everyone)."""
     own = folder / f"run-{pm.dp_size}x{pm.sp_size}"
-    train(pm, *SHORT, "--out", str(own))
     others = sorted((p for p in folder.glob("run-*") if p != own), key=lambda p: (p / "log.jsonl").stat().st_mtime)
-    others = others if LONG else [*others[:1], *others[1:][-1:]]
-    sources = [(p / "step-2", f"from-{p.name}") for p in others]
+    pm.together(lambda: None)  # until all have looked
+    train(pm, *SHORT, "--out", str(own))
+    sources = [(p / "step-2", f"from-{p.name}") for p in (others if everyone else [*others[:1], *others[1:][-1:]])]
     for source, name in [*sources, (own / "step-2", "once"), (own / "once/step-4", "twice")]:
-        if pm.is_main:
-            shutil.copytree(source, own / name / source.name)
-        dist.barrier()
+        pm.on_main(lambda source=source, name=name: shutil.copytree(source, own / name / source.name) and None)
         train(pm, *SHORT, "--out", str(own / name), "--resume")
     for name in ("once", "twice"):
-        truth, ours = load_checkpoint(own / "step-5"), load_checkpoint(own / name / "step-5")
-        assert truth and truth.keys() == ours.keys() and all(torch.equal(truth[k], ours[k]) for k in truth)
+        assert equal(load_checkpoint(own / name / "step-5"), load_checkpoint(own / "step-5"))
+
+    truth, ours = losses(others[0] if others else own), losses(own)
+    assert [entry["step"] for entry in ours] == [1, 2, 3, 4, 5]
+    for a, b in zip(truth, ours):
+        for key in ("loss", "grad_norm"):
+            assert abs(a[key] - b[key]) <= 1e-5 * a[key], (a, b)
+    # resumed: exactly where this layout saved it, to rounding where another one did
+    foreign = [(name, [3, 4, 5], 1e-6) for _, name in sources]
+    for name, steps, tolerance in [("once", [3, 4, 5], 0), ("twice", [5], 0), *foreign]:
+        resumed = losses(own / name)
+        assert [entry["step"] for entry in resumed] == steps
+        for a, b in zip(ours[-len(steps) :], resumed):
+            assert abs(a["loss"] - b["loss"]) <= tolerance * a["loss"], (name, a, b)
 
 
 def check_sampling(pm, folder):
     """What the 1x1 run saved, sampled on this layout; with a negative prompt of another length in the same batch."""
-    args = [
-        "--checkpoint",
-        str(folder / "run-1x1"),
-        "--steps",
-        "3",
-        "--cfg",
-        "3",
-        "--negative_prompt",
-        "a red thing moves",
-    ]
-    args += ["--dp", str(pm.dp_size), "--device", pm.device.type, "--dtype", "float32"]
+    args = [*layout_flags(pm), "--checkpoint", str(folder / "run-1x1"), "--steps", "3", "--cfg", "3"]
+    args += ["--negative_prompt", "a red thing moves"]
     for name, more in (("whole", []), ("sharded", ["--shard"])):
-        output = str(folder / f"clip-{pm.dp_size}x{pm.sp_size}-{name}")
-        infer_min.infer(infer_min.parse([*args, *more, "--output", output]))
+        output = folder / f"clip-{pm.dp_size}x{pm.sp_size}-{name}"
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            infer_min.infer(infer_min.parse([*args, *more, "--output", str(output)]))
+        assert pm.rank != 0 or "a blue circle moves up: wrote" in printed.getvalue()
+        pm.together(lambda: None)  # until rank 0 has written it
+        truth, ours = (load_file(f"{clip}.safetensors")["latents"] for clip in (folder / "clip-1x1-whole", output))
+        assert truth.std() > 0.1 and (ours - truth).abs().max() < 1e-5
+
+
+def check_noise_is_for_benchmarks(pm, folder):
+    """A large model without data trains on noise: as many samples as ranks and micro-batches need, and nothing is saved."""
+    flags, out = "--config 13b --height 32 --width 48 --frames 5 --accumulation 2 --steps 2".split(), folder / "noise"
+    out = folder / f"noise-{pm.dp_size}x{pm.sp_size}"
+    with mock.patch.object(HunyuanConfig, "preset", lambda *_, **__: replace(CONFIG, in_channels=4)):
+        printed = train(pm, *flags, "--out", str(out / "never"))
+        train(pm, *flags, "--save_every", "1", "--out", str(out / "told"))
+    assert not pm.is_main or f"global batch {2 * pm.dp_size}," in printed and "nothing saved" in printed, printed
+    pm.together(lambda: None)
+    assert not [*(out / "never").glob("*step*")] and {p.name for p in (out / "told").glob("step*")} == {
+        "step-1",
+        "step-2",
+    }
 
 
 def check_bad_input_is_refused_on_every_rank(pm, folder):
     """Before any collective: ranks that went on would hang here."""
-    for sizes, told in (
-        ((None, pm.world_size + 1), "is not a multiple of"),
-        ((2, pm.world_size), "is not the world size"),
-    ):
+    sizes = {(None, pm.world_size + 1): "is not a multiple of", (2, pm.world_size): "is not the world size"}
+    for (dp, sp), told in sizes.items():
         with pytest.raises(ValueError, match=told):
-            ParallelManager(*sizes, pm.device.type)
-    config = replace(CONFIG, num_heads=pm.sp_size - 1)
+            ParallelManager(dp, sp, pm.device.type)
+    config, told = replace(CONFIG, num_heads=pm.sp_size - 1), "sequence-parallel ranks are more than the"
     if pm.sp_size > 1:
-        with pytest.raises(
-            ValueError, match=f"{pm.sp_size} sequence-parallel ranks are more than the {pm.sp_size - 1} heads"
-        ):
+        with pytest.raises(ValueError, match=f"{pm.sp_size} {told} {pm.sp_size - 1} heads"):
             random_model(config, pm.device)(**random_inputs(config, (1, 4, 4), (2,), pm.device), group=pm.sp_group)
     with pytest.raises(ValueError, match="is not a multiple of shard_size"):
         pm.shard(random_model(CONFIG), [], shard_size=pm.world_size + 1)
     for nothing in (folder / "absent", folder):
         with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-            pm.find(nothing)
+            Checkpoints(pm, nothing).find()
     pm.check_equal(step=1, samples=[2, 3])
     if pm.sp_size > 1:
         with pytest.raises(ValueError, match=r"ranks \d and \d share a sample but differ in samples: \[0\] and \[1\]"):
             pm.check_equal(step=1, samples=[int(pm.sp_rank > 0)])
+    assert pm.together(lambda: pm.rank) == [*range(pm.world_size)] and pm.on_main(lambda: pm.rank) == 0
+    for kind in (OSError, ValueError):  # of one rank, and raised on all
+
+        def fail(kind=kind):
+            if pm.rank == pm.world_size - 1:
+                raise kind("enough")
+
+        with pytest.raises(kind, match="enough"):
+            pm.together(fail)
 
 
 def check_a_damaged_checkpoint_is_never_loaded(pm, folder):
     """Each file cut by a byte, halved, emptied, flipped at three places, deleted, swapped; the manifest edited."""
     folder = folder / f"damage-{pm.dp_size}x{pm.sp_size}"
-    model = random_model(CONFIG, pm.device)
+    model, checkpoints = random_model(CONFIG, pm.device), Checkpoints(pm, folder)
     pm.shard(model, model.blocks)
-    pm.optimizer = torch.optim.AdamW(model.parameters())
+    state = model, torch.optim.AdamW(model.parameters())
     for step in (1, 2):
         with torch.no_grad():
             model.img_in.proj.bias.mul_(2)
-        pm.save(folder, step, dict(run="a"))
-        pm.finish_save()
-    good, manifest = pm.find(folder, "a")
-    assert good.name == "step-2" and manifest["step"] == 2
+        checkpoints.save(step, *state, dict(note=7), "a")
+        checkpoints.finish()
+    good, manifest = checkpoints.find("a")
+    assert good.name == "step-2" and (manifest["step"], manifest["tag"], manifest["note"]) == (2, "a", 7)
+
+    def found():
+        """The name of what is found, and rank 0's reasons for passing over the others."""
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            return checkpoints.find()[0].name, printed.getvalue()
+
     damages = {
         "cut by a byte": lambda data, other: data[:-1],
         "halved": lambda data, other: data[: len(data) // 2],
@@ -495,55 +683,56 @@ def check_a_damaged_checkpoint_is_never_loaded(pm, folder):
     for place in (0.001, 0.5, 0.999):
         damages[f"flipped at {place}"] = lambda data, other, place=place: flip(data, int(len(data) * place))
     damages["edited"] = lambda data, other: data.replace(b'"step": 2', b'"step": 7')
-    for file in sorted(p.name for p in good.iterdir()):
+    for file in pm.on_main(lambda: sorted(p.name for p in good.iterdir())):
         for name, damage in damages.items():
             if name == "edited" and file != "manifest.json":
                 continue
-            data = (good / file).read_bytes()
-            dist.barrier()
             if pm.is_main:
+                data, other = ((folder / step / file).read_bytes() for step in ("step-2", "step-1"))
                 (good / file).unlink()
-                if (damaged := damage(data, (folder / "step-1" / file).read_bytes())) is not None:
+                if (damaged := damage(data, other)) is not None:
                     assert damaged != data
                     (good / file).write_bytes(damaged)
-            dist.barrier()
-            problem, _ = pm._verify(good)
-            found = pm.find(folder)[0].name
-            if not (name == "another step's" and file == "manifest.json"):  # its files are then the ones that differ
-                assert problem and file in problem, (file, name, problem)
-            assert found == "step-1", (file, name)
-            dist.barrier()
+            newest, problem = found()
+            assert newest == "step-1", (file, name)
             if pm.is_main:
+                unreadable = file == "manifest.json" and dict(manifests(folder))[good] is None
+                another = (
+                    file == "manifest.json" and name == "another step's"
+                )  # its files are then the ones that differ
+                named = f"skipping {good}: " in problem and file in problem.partition(": ")[2]
+                assert named or unreadable or another, (file, name, problem)
                 (good / file).write_bytes(data)
-            dist.barrier()
-    assert pm.find(folder)[0].name == "step-2"
+    assert found()[0] == "step-2"
 
     # a pickle where torch.distributed.checkpoint would have one is not opened
     if pm.is_main:
         (good / ".metadata").write_bytes(pickle.dumps(Touch(folder / "touched")))
-    dist.barrier()
-    pm.load(pm.find(folder)[0])
+    checkpoints.load(checkpoints.find()[0], *state)
     assert not (folder / "touched").exists()
 
-    # a full disk, as a limit on file sizes: every rank raises at once, and what was there stays
+    # a full disk, as a limit on file sizes: every rank raises, and what was there stays
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if pm.rank == pm.world_size - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    started = time.time()
     with pytest.raises(OSError, match="tmp-step-3 could not be written"):
-        pm.save(folder, 3, dict(run="a"))
-        pm.finish_save()
+        checkpoints.save(3, *state, {}, "a")
+        checkpoints.finish()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert time.time() - started < 2 and pm.find(folder)[0].name == "step-2"
-    assert not (folder / "tmp-step-3").exists()
+    assert found()[0] == "step-2" and not (folder / "tmp-step-3").exists()
     for step in (4, 5, 6):  # of run a two stay, of others all
-        pm.save(folder, step, dict(run="a" if step > 4 else "b"), keep=2)
-    pm.finish_save()
-    assert sorted(p.name for p in folder.glob("step-*")) == ["step-4", "step-5", "step-6"]
-    pm.model = pm.optimizer = None
+        checkpoints.save(step, *state, {}, "a" if step > 4 else "b", keep=2)
+    checkpoints.finish()
+    assert [(path.name, m["tag"]) for path, m in manifests(folder)] == [
+        ("step-6", "a"),
+        ("step-5", "a"),
+        ("step-4", "b"),
+    ]
+    assert checkpoints.find("b")[0].name == "step-4"
 
 
 def load_checkpoint(path):
+    assert path.is_dir()
     return {f"{f.name}/{k}": t for f in path.glob("*.safetensors") for k, t in load_file(f).items()}
 
 
@@ -565,13 +754,11 @@ def check_meta_init_and_export(pm, folder):
         assert name.endswith("bias") or "mod" in name or "final_layer" in name or true.std() > 0 or "norm" in name
     source = random_model(config, pm.device, torch.float32)
     load_weights(model, source.state_dict())
-    save_weights(model, folder, "diffusers", torch.float32, shard_bytes=30_000)
+    hunyuan_sp.save_weights(model, folder, "diffusers", torch.float32, shard_bytes=30_000)
     dist.barrier()
     assert len(list(folder.glob("*.safetensors"))) > 3 and (folder / "config.json").is_file()
     load_weights(truth, folder)
-    for (name, param), true in zip(truth.named_parameters(), source.parameters()):
-        assert torch.equal(param, true), name
-    pm.model = None
+    assert equal(truth.state_dict(), source.state_dict())
 
 
 def check_readme_example(pm, folder):
@@ -579,35 +766,34 @@ def check_readme_example(pm, folder):
     (code,) = (b for b in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S) if "ulysses" in b)
     space = {}
     exec(code, space)
-    qkv = torch.randn(3, 2, 11, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(pm.device)
+    qkv = draws(0)(3, 2, 11, 5, 8).to(pm.device)
     truth = F.scaled_dot_product_attention(*qkv.transpose(2, 3)).transpose(1, 2)
     ours = space["ulysses_attention"](*(split_sequence(x, pm.sp_group) for x in qkv), pm.sp_group, 11)
     close(ours, split_sequence(truth, pm.sp_group))
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
-CHECKS = {name: CHECKS[name] for name in os.environ.get("CHECKS", " ".join(CHECKS)).split()}
+ONLY = dict(wrong_gradients="1x3")
+NEEDED = {
+    "loss_curve_and_resume": ["loss_curve_and_resume"],
+    "sampling": ["loss_curve_and_resume", "sampling"],
+}  # of 1x1
+PATIENCE = 119.0  # seconds that a collective waits here: only a hang takes so long
 
 
-def worker(rank, world, layout, folder, cuda):
-    """One rank: every check, its traceback in a file of its own."""
+def worker(rank, world, layout, checks, folder, cuda):
+    """One rank: every check with its options, its traceback in a file of its own."""
     dp, sp = map(int, layout.split("x"))
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     if cuda:
         torch.cuda.set_device(rank)
-    store = dist.FileStore(str(folder / f"store-{layout}"), world)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    pm = ParallelManager(dp, sp, "cuda" if cuda else "cpu", timeout=60.0)
-    for name, check in CHECKS.items():
+    store, backend = dist.FileStore(str(folder / f"store-{layout}"), world), "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE), store=store, rank=rank, world_size=world)
+    pm = ParallelManager(dp, sp, "cuda" if cuda else "cpu", timeout=PATIENCE)
+    for name, options in checks.items():
         try:
-            check(pm, folder)
+            CHECKS[name](pm, folder, **options)
             told = "ok"
         except BaseException:
             told = traceback.format_exc()
@@ -617,93 +803,67 @@ def worker(rank, world, layout, folder, cuda):
     pm.close()
 
 
+def spawn(layout, checks, folder, cuda=False):
+    """Run checks, {name: options}, on a layout; the ranks' exit codes."""
+    world, context, started = (
+        math.prod(map(int, layout.split("x"))),
+        torch.multiprocessing.get_context("spawn"),
+        time.time(),
+    )
+    ranks = [context.Process(target=worker, args=(r, world, layout, checks, folder, cuda)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    while any(p.is_alive() for p in ranks) and time.time() - started < 1800:
+        if any(p.exitcode for p in ranks):
+            time.sleep(1)
+            break
+        time.sleep(0.05)
+    for process in ranks:
+        process.kill()
+        process.join()
+    return [p.exitcode for p in ranks]
+
+
+def assert_ok(layout, checks, folder, exitcodes):
+    for check in checks:
+        for rank in range(len(exitcodes)):
+            result = folder / f"{layout}.{check}.{rank}"
+            assert result.is_file(), f"rank {rank} never finished {check}: exit codes {exitcodes}"
+            assert result.read_text() == "ok", f"rank {rank}: {result.read_text()}"
+
+
 @pytest.fixture(scope="session")
-def layout_folder(tmp_path_factory):
-    """A function: run all checks on a layout (once a session) and give the folder where the ranks left their results."""
-    folder = tmp_path_factory.mktemp("layouts")
+def ranks_of_layout(request, tmp_path_factory):
+    """A function: (folder, exit codes) of a layout's ranks, spawned once a session, for the checks selected of it alone."""
+    folder, wanted = tmp_path_factory.mktemp("layouts"), {"1x1": set()}
+    for item in request.session.items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "layout" in params:
+            wanted.setdefault(params["layout"], set()).update({params["check"]} if "check" in params else ())
+            wanted["1x1"].update(NEEDED.get(params.get("check"), ()))  # what the others resume and sample
 
     @cache
     def run(layout, cuda):
-        world = math.prod(map(int, layout.split("x")))
-        if layout != "1x1":
-            run("1x1", cuda)  # its checkpoint is what the others resume and sample
+        checks = {name: {} for name in CHECKS if name in wanted[layout]}
+        if layout != "1x1" and NEEDED.keys() & checks.keys():
+            run("1x1", cuda)
         here = folder / ("cuda" if cuda else "cpu")  # other kernels, other rounding: no comparisons between the two
         here.mkdir(exist_ok=True)
-        context, started = torch.multiprocessing.get_context("spawn"), time.time()
-        ranks = [context.Process(target=worker, args=(r, world, layout, here, cuda)) for r in range(world)]
-        for process in ranks:
-            process.start()
-        while any(p.is_alive() for p in ranks) and time.time() - started < 400:
-            if any(p.exitcode for p in ranks):
-                time.sleep(1)
-                break
-            time.sleep(0.05)
-        for process in ranks:
-            process.kill()
-            process.join()
-        return here, [p.exitcode for p in ranks]
+        return here, spawn(layout, checks, here, cuda)
 
     return lambda layout: run(layout, torch.cuda.device_count() >= math.prod(map(int, layout.split("x"))))
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_on(layout, check, layout_folder):
-    folder, exitcodes = layout_folder(layout)
-    for rank in range(len(exitcodes)):
-        result = folder / f"{layout}.{check}.{rank}"
-        assert result.is_file(), f"rank {rank} never finished {check}: exit codes {exitcodes}"
-        assert result.read_text() == "ok", f"rank {rank}: {result.read_text()}"
+@pytest.mark.parametrize(
+    "layout, check", [(layout, name) for layout in LAYOUTS for name in CHECKS if ONLY.get(name, layout) == layout]
+)
+def test_on(layout, check, ranks_of_layout):
+    assert_ok(layout, [check], *ranks_of_layout(layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rank_exits_with_0(layout, layout_folder):
-    assert set(layout_folder(layout)[1]) == {0}
-
-
-def losses(path):
-    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_curve_is_the_same_on_every_layout(layout, layout_folder):
-    folder = layout_folder(layout)[0]
-    truth, ours = losses(folder / "run-1x1"), losses(folder / f"run-{layout}")
-    assert [entry["step"] for entry in ours] == [1, 2, 3, 4, 5]
-    for a, b in zip(truth, ours):
-        for key in ("loss", "grad_norm"):
-            assert abs(a[key] - b[key]) <= 1e-5 * a[key], (a, b)
-    # resumed: exactly where this layout saved it, to rounding where another one did
-    others = [(p.name, [3, 4, 5], 1e-6) for p in (folder / f"run-{layout}").glob("from-*")]
-    assert others or layout == "1x1"
-    for name, steps, tolerance in [("once", [3, 4, 5], 0), ("twice", [5], 0), *others]:
-        resumed = losses(folder / f"run-{layout}" / name)
-        assert [entry["step"] for entry in resumed] == steps
-        for a, b in zip(ours[-len(steps) :], resumed):
-            assert abs(a["loss"] - b["loss"]) <= tolerance * a["loss"], (name, a, b)
-
-
-@pytest.mark.skipif(not LONG, reason="the other half of the resume matrix: LONG=1")
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_goes_on_on_one_device(layout, layout_folder, tmp_path):
-    folder = layout_folder(layout)[0]
-    shutil.copytree(folder / f"run-{layout}" / "step-2", tmp_path / "step-2")
-    flags = ["--device", "cpu", "--resume", "--out", str(tmp_path)]
-    code, printed = launch("train_min.py", *SHORT, *flags)
-    assert code == 0 and "from step 2" in printed, printed
-    truth, resumed = losses(folder / "run-1x1")[2:], losses(tmp_path)
-    assert [entry["step"] for entry in resumed] == [3, 4, 5]
-    assert all(abs(a["loss"] - b["loss"]) <= 1e-6 * a["loss"] for a, b in zip(truth, resumed)), (truth, resumed)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_seed_same_clip(layout, layout_folder):
-    folder = layout_folder(layout)[0]
-    truth = load_file(folder / "clip-1x1-whole.safetensors")["latents"]
-    assert truth.std() > 0.1
-    for name in ("whole", "sharded"):
-        ours = load_file(folder / f"clip-{layout}-{name}.safetensors")["latents"]
-        assert (ours - truth).abs().max() < 1e-5
+def test_every_rank_exits_with_0(layout, ranks_of_layout):
+    assert set(ranks_of_layout(layout)[1]) == {0}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -713,48 +873,47 @@ def test_same_seed_same_clip(layout, layout_folder):
 @pytest.fixture(scope="module")
 def golden():
     with golden_frequencies():
-        yield load_file(HERE / "golden" / "io.safetensors")
+        yield load_file(GOLD / "io.safetensors")
 
 
-def golden_model(dtype=torch.float64, config=GOLDEN, weights="tencent"):
-    model = HunyuanVideo(config).to(dtype)
-    load_weights(model, HERE / "golden" / f"weights_{weights}.safetensors")
+def golden_model(dtype=torch.float64):
+    model = HunyuanVideo(GOLDEN).to(dtype)
+    load_weights(model, GOLD / "weights_tencent.safetensors")
     return model
 
 
 def with_guidance(model, guidance):
-    model.register_forward_pre_hook(
-        lambda m, args, kwargs: (args[:5], kwargs | dict(guidance=guidance)), with_kwargs=True
-    )
+    fixed = lambda m, args, kwargs: (args[:5], kwargs | dict(guidance=guidance))  # noqa: E731
+    model.register_forward_pre_hook(fixed, with_kwargs=True)
     return model
 
 
-def test_time_frequencies():
+def test_tables(golden):
     exact = torch.exp(-torch.arange(128).double() / 128 * math.log(10000))
     assert (hunyuan_sp.time_frequencies() / exact - 1).abs().max() < 1e-6
-
-
-def test_tables(golden):
-    cos, sin = rope_table((3, 4, 5), (16, 56, 56), 256.0, 0, 60)
-    assert (cos.repeat_interleave(2, 1) - golden["rope.cos_3x4x5_16_56_56"]).abs().max() < 1e-6
-    assert (sin.repeat_interleave(2, 1) - golden["rope.sin_3x4x5_16_56_56"]).abs().max() < 1e-6
-    assert torch.equal(rope_table((3, 4, 5), (16, 56, 56), 256.0, 17, 41)[0], cos[17:41])
-    assert (sinusoid(golden["time.t"]) - golden["time.sinusoid256"]).abs().max() < 1e-6
+    assert (hunyuan_sp.sinusoid(golden["time.t"]) - golden["time.sinusoid256"]).abs().max() < 1e-6
+    cos, sin = hunyuan_sp.rope_table(HunyuanConfig(), (3, 4, 5), 0, 60)
+    assert (cos - golden["rope.cos_3x4x5_16_56_56"]).abs().max() < 1e-6
+    signs = torch.tensor([-1.0, 1.0]).repeat(64)  # negative at even channels
+    assert (sin - golden["rope.sin_3x4x5_16_56_56"] * signs).abs().max() < 1e-6
+    part = hunyuan_sp.rope_table(HunyuanConfig(), (3, 4, 5), 17, 41, text=3)  # text does not turn
+    assert equal(part, (torch.cat((cos[17:41], torch.ones(3, 128))), torch.cat((sin[17:41], torch.zeros(3, 128)))))
 
 
 def test_every_activation(golden):
     """Block by block, so that a failure says where."""
-    truth, model, seen = load_file(HERE / "golden" / "intermediates_a_sample1.safetensors"), golden_model(), {}
+    truth, model, seen = load_file(GOLD / "intermediates_a_sample1.safetensors"), golden_model(), {}
+
+    def keep(module, *names):
+        whole = lambda out: out if isinstance(out, tuple) else (out[:, :175] if len(out[0]) > 175 else out,)  # noqa: E731
+        module.register_forward_hook(lambda m, args, out: seen.update(zip(names, (*whole(out), *args[1:2]))))
+
     for i, block in enumerate(model.double_blocks):
-        block.register_forward_hook(
-            lambda m, a, out, i=i: seen.update({f"double.{i}.img": out[0], f"double.{i}.txt": out[1]})
-        )
+        keep(block, f"double.{i}.img", f"double.{i}.txt")
     for i, block in enumerate(model.single_blocks):
-        block.register_forward_hook(lambda m, a, out, i=i: seen.update({f"single.{i}.img": out[:, :175], "vec": a[1]}))
-    model.img_in.register_forward_hook(lambda m, a, out: seen.update(img_in=out))
-    model.txt_in.register_forward_hook(lambda m, a, out: seen.update(txt_in=out))
-    names = ("latents", "timestep", "text", "text_mask", "pooled", "guidance")
-    model(**{n: golden[f"a.{n}"].double() if n == "latents" else golden[f"a.{n}"] for n in names})
+        keep(block, f"single.{i}.img", "vec")
+    keep(model.img_in, "img_in"), keep(model.txt_in, "txt_in")
+    model(**{n: golden[f"a.{n}"].double() if n == "latents" else golden[f"a.{n}"] for n in NAMES})
     for name, wanted in truth.items():
         ours, wanted = seen[name][1:], wanted.view(1, *wanted.shape[-(seen[name].dim() - 1) :])
         if "txt" in name:  # rows after the fourth are padding
@@ -764,7 +923,7 @@ def test_every_activation(golden):
 
 def test_latent_concat(golden):
     """Image-to-video by 8 + 8 + 1 input channels, without guidance embedding."""
-    weights = load_file(HERE / "golden" / "weights_tencent.safetensors")
+    weights = load_file(GOLD / "weights_tencent.safetensors")
     weights = {k: v.float() for k, v in weights.items() if not k.startswith("guidance_in")}
     weights["img_in.proj.weight"] = golden["latent_concat.img_in.proj.weight"].float()
     model = HunyuanVideo(replace(GOLDEN, in_channels=17, guidance_embed=False))
@@ -772,8 +931,7 @@ def test_latent_concat(golden):
     latents = golden["a.latents"].float()
     condition, mask = torch.zeros_like(latents), torch.zeros_like(latents[:, :1])
     condition[:, :, :1], mask[:, :, 0] = golden["latent_concat.cond_latents_first_frame"].view(2, 8, 1, 10, 14), 1
-    rest = [golden[f"a.{n}"] for n in ("timestep", "text", "text_mask", "pooled")]
-    out = model(torch.cat((latents, condition, mask), 1), *rest)
+    out = model(torch.cat((latents, condition, mask), 1), *(golden[f"a.{n}"] for n in NAMES[1:5]))
     assert (out - golden["a.out_latent_concat_fp32"]).abs().max() < 1e-5
 
 
@@ -782,18 +940,18 @@ def test_flow_loss(golden):
     model, (clip, noise) = golden_model(), (golden[n].double() for n in ("a.latents", "a.cotangent"))
     sigma = golden["a.timestep"].double() / 1000
     batch = dict(latents=clip + sigma.view(2, 1, 1, 1, 1) * (noise - clip), target=noise - clip, weight=torch.ones(2))
-    batch |= {n: golden[f"a.{n}"] for n in ("timestep", "text", "text_mask", "pooled")}
-
+    batch |= {n: golden[f"a.{n}"] for n in NAMES[1:5]}
     fixed = with_guidance(model, golden["a.guidance"])  # the loss takes one scale for a batch, the fixture has two
     loss = train_min.flow_loss(fixed, batch, 6.0, None) / train_min.count_tokens(batch, (1, 2, 2))
-    same = torch.equal(sinusoid(golden["time.t"]), golden["time.sinusoid256"])
+    same = torch.equal(hunyuan_sp.sinusoid(golden["time.t"]), golden["time.sinusoid256"])
     assert abs(loss.item() - golden["train.loss_ref64"].item()) < (1e-10 if same else 1e-6)
 
 
 def test_collate_is_the_rectified_flow():
     """x = (1 - sigma) clip + sigma noise, target noise - clip, t = 1000 sigma, sigma logit-normal and shifted."""
+    collate = partial(train_min.collate, shift=7.0, caption_drop=0.25)
     items = [(SampleIndex(i), torch.randn(4, 2, 4, 6), torch.randn(3, 12), torch.randn(6)) for i in range(400)]
-    batch = train_min.collate(items, seed=0, shift=7.0, caption_drop=0.25)
+    batch = collate(items, seed=0)
     clip, sigma = torch.stack([item[1] for item in items]), batch["timestep"].view(-1, 1, 1, 1, 1) / 1000
     close(batch["latents"], clip + sigma * batch["target"], 1e-5)
     noise = batch["target"] + clip
@@ -803,12 +961,10 @@ def test_collate_is_the_rectified_flow():
     assert abs(logits.mean()) < 0.2 and abs(logits.std() - 1) < 0.15
     dropped = (batch["text_mask"].sum(1) == 1) & (batch["pooled"].abs().sum(1) == 0)
     assert 60 < dropped.sum() < 140
-    again = train_min.collate(items[3:5], seed=0, shift=7.0, caption_drop=0.25)
-    assert torch.equal(again["latents"], batch["latents"][3:5])
-    for changed in (dict(seed=1), dict()):  # another seed, another epoch: other noise
-        other = [(SampleIndex(i[0], 1.0, not changed), *i[1:]) for i in items[:1]]
-        assert not torch.equal(train_min.collate(other, **dict(seed=0, shift=7.0, caption_drop=0.25) | changed)["latents"],
-                               batch["latents"][:1])  # fmt: skip
+    assert torch.equal(collate(items[3:5], seed=0)["latents"], batch["latents"][3:5])
+    for seed, epoch in ((1, 0), (0, 1)):  # another seed, another epoch: other noise
+        other = [(SampleIndex(0, 1.0, epoch), *items[0][1:])]
+        assert not torch.equal(collate(other, seed=seed)["latents"], batch["latents"][:1])
 
 
 def test_sampler_schedule_and_euler(golden):
@@ -818,12 +974,11 @@ def test_sampler_schedule_and_euler(golden):
     assert (1000 * ours[:1] - 1000).abs().max() == 0
     times = 1000 * infer_min.sigma_schedule(4, 7.0)[:-1]
     assert (times - golden["sampler.timesteps_n4_shift7"]).abs().max() < 2e-4
-    model = golden_model(torch.float32)
-    fixed = with_guidance(model, golden["a.guidance"])
-    text = [t[:n] for t, n in zip(golden["a.text"].float(), text_lengths(golden["a.text_mask"]))]
+    fixed = with_guidance(golden_model(torch.float32), golden["a.guidance"])
+    text = [t[:n] for t, n in zip(golden["a.text"].float(), hunyuan_sp.text_lengths(golden["a.text_mask"]))]
     final = infer_min.sample(fixed, golden["a.latents"].float(), text, golden["a.pooled"].float(), 4, 7.0, 6.0)
     assert (final - golden["sampler.final_latents_fp32"]).abs().max() < 1e-4
-    assert train_min.guidance_input(6.0, 1, "cpu").item() == 6016
+    assert hunyuan_sp.guidance_input(6.0, 1, "cpu").item() == 6016
 
 
 def test_true_cfg_is_two_forwards():
@@ -844,6 +999,77 @@ def test_each_sample_is_as_if_alone():
         close(model(**{k: v[b : b + 1] for k, v in inputs.items()}), whole[b : b + 1])
     inputs["text"][1, 1:] = 1e3  # padding influences nothing, to the last bit
     assert torch.equal(model(**inputs), whole)
+    assert torch.equal(model(**inputs | dict(text_mask=[7, 1, 3])), whole)  # a mask, or its lengths
+
+
+def test_every_linear_is_called_once():
+    """A layer that is reached into instead would not be seen by hooks, LoRA or quantisation."""
+    model, calls = random_model(CONFIG), Counter()
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name, module in linears.items():
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    model(**random_inputs(CONFIG, *CASES["ragged"]))
+    assert calls == Counter(linears.keys()) and sum("_blocks." in name for name in calls) == 2 * 10 + 2 * 3
+
+
+def gpu(major, minor):
+    """A GPU of that compute capability; 0: none."""
+    found = dict(is_available=lambda: major > 0, get_device_capability=lambda *_: (major, minor))
+    return mock.patch.multiple(torch.cuda, **found)
+
+
+def test_the_order_of_kernels():
+    """cuDNN first from Hopper on, flash before; never a kernel that the GPU lacks, and math last."""
+    for capability, first in {(8, 0): "FLASH", (8, 9): "FLASH", (9, 0): "CUDNN", (10, 0): "CUDNN"}.items():
+        with gpu(*capability):
+            names = [backend.name for backend in hunyuan_sp.backends(torch.device("cuda"))]
+        assert names[0].startswith(first) and len(set(names)) == 4 and names[2:] == ["EFFICIENT_ATTENTION", "MATH"]
+
+
+class Attention(TorchDispatchMode):
+    """Counts attention's forwards, and keeps the strides of the gradients that its backward gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.strides = 0, []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if "scaled_dot_product" in op.name():
+            self.count += "backward" not in op.name()
+            self.strides += [args[0].stride()] * ("backward" in op.name())
+        return op(*args, **kwargs or {})
+
+
+def test_one_layout_of_gradients_reaches_attention():
+    """Whatever the caller does: torch keeps cuDNN's backward by the strides of q, k and v, and reads others out of bounds."""
+    qkv = [draws(n)(2, 6, 3, 8).requires_grad_() for n in range(3)]
+    uses = {
+        "as it is": lambda out: out * 2,
+        "a sum, whose gradient is expanded": lambda out: out.sum(),
+        "transposed": lambda out: out.transpose(1, 2).contiguous(),
+        "cut": lambda out: out.split((2, 4), 1)[1],
+        "heads last": lambda out: out.permute(0, 3, 1, 2).flatten(1).cumsum(1),
+        "times a transposed tensor": lambda out: out * draws(3)(2, 3, 8, 6).permute(0, 3, 1, 2),
+    }
+    with Attention() as seen:
+        grads = [torch.autograd.grad(use(hunyuan_sp.sdpa(*qkv)).square().sum(), qkv) for use in uses.values()]
+    assert len(seen.strides) == len(uses) and len(set(seen.strides)) == 1, dict(zip(uses, seen.strides))
+    for use, ours in zip(uses.values(), grads):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+        for a, b in zip(ours, torch.autograd.grad(use(out).square().sum(), qkv)):
+            close(a, b)
+
+
+CHECKPOINTED = pytest.mark.parametrize("checkpointing, runs", [("none", 1), ("attention", 1), ("full", 2)])
+
+
+@CHECKPOINTED
+def test_checkpointing_keeps_attention(checkpointing, runs):
+    """Of each block: `full` computes attention again in backward, `attention` does not."""
+    model, inputs = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (3, 3))
+    with Attention() as seen:
+        model(**inputs, checkpointing=checkpointing).sum().backward()
+    assert seen.count == CONFIG.refiner_depth + runs * (CONFIG.double_depth + CONFIG.single_depth)
 
 
 def math_fa4(monkeypatch):
@@ -873,14 +1099,9 @@ def math_fa4(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("checkpointing, runs", [("none", 1), ("attention", 1), ("full", 2)])
+@CHECKPOINTED
 def test_fa4_is_attention(checkpointing, runs, monkeypatch):
     """Same output and gradients as sdpa, through the blocks; `attention` checkpointing keeps what it gave."""
-
-    def gpu(major, minor):
-        found = dict(is_available=lambda: major > 0, get_device_capability=lambda: (major, minor))
-        return mock.patch.multiple(torch.cuda, **found)
-
     model, inputs, calls = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (3, 2)), math_fa4(monkeypatch)
     with gpu(9, 0):
         model.attention = hunyuan_sp.attention_kernel("fa4")
@@ -911,10 +1132,9 @@ def test_fa4_is_attention(checkpointing, runs, monkeypatch):
 def test_fa4_on_this_gpu():
     """The real kernels, bf16, at the model's head size and a length that does not divide by their tiles."""
     pytest.importorskip("flash_attn.cute.interface")
-    kernel = hunyuan_sp.attention_kernel("fa4")
-    qkv = [torch.randn(2, 1003, 3, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    cotangent = torch.randn(2, 1003, 3, 128, device="cuda", dtype=torch.bfloat16)
-    both = []
+    kernel, both = hunyuan_sp.attention_kernel("fa4"), []
+    draw = partial(torch.randn, 2, 1003, 3, 128, device="cuda", dtype=torch.bfloat16)
+    qkv, cotangent = [draw(requires_grad=True) for _ in range(3)], draw()
     for attend in (kernel, hunyuan_sp.sdpa):
         out = attend(*qkv)
         both.append([out, *torch.autograd.grad(out, qkv, cotangent)])
@@ -922,90 +1142,28 @@ def test_fa4_on_this_gpu():
         assert (ours - truth).float().norm() < 1e-2 * truth.float().norm()
 
 
-def test_profile_names_what_is_in_it(tmp_path):
-    """One Chrome trace a rank, of the last step alone, in which blocks, attention and exchanges go by their names."""
-    flags = ["--steps", "3", "--batch", "2", "--sp", "2", "--profile", "--device", "cpu", "--out", str(tmp_path)]
-    code, printed = launch("train_min.py", *flags, "--checkpointing", "attention", ranks=2)
-    assert code == 0, printed
-    for rank in range(2):
-        with gzip.open(tmp_path / f"trace-{rank}.json.gz") as file:
-            events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
-        names = [event["name"] for event in events]
-        for name in ("double_block 0", "double_block 1", "single_block 0", "single_block 1"):
-            assert names.count(name) == 2, name  # once forward, once recomputed
-        assert names.count("attention") >= 8 and names.count("all_to_all") >= 4 * 2 * 3
-        assert names.count("Optimizer.step#AdamW.step") == 1
-        blocks = [(e["ts"], e["ts"] + e["dur"]) for e in events if re.fullmatch(r"(double|single)_block \d", e["name"])]
-        waits = [e for e in events if re.search(r"aten::(item|_local_scalar_dense|is_nonzero)|Synchronize", e["name"])]
-        assert waits and not [e for e in waits if any(start <= e["ts"] <= end for start, end in blocks)]
-
-
-def test_shares_of_a_profile():
-    """Ten units of time: attention 0-4, a collective 3-6 and 8-9, nothing 6-8, linears 9-10."""
-    spans = [(0, 4, False), (3, 6, True), (8, 9, True), (9, 10, False)]
-    assert train_min.shares(spans) == dict(collectives=0.4, exposed=0.3, idle=0.2)
-    assert train_min.shares([]) == {}
-
-
-@pytest.mark.parametrize("seconds, told", [
-    ((100.0, 50.0, 2.0, 4.0, 3.0, 90.0), dict(s_per_step=3.0, timed_steps=3)),
-    ((100.0, 50.0, 90.0), dict(s_per_step=50.0, timed_steps=0)),
-    ((100.0,), dict(s_per_step=100.0, timed_steps=0)),
-])  # fmt: skip
-def test_the_median_step_of_a_benchmark(tmp_path, capsys, seconds, told):
-    """Neither the first two, which compile and whose backward is of zeros, nor the last one, under the profiler."""
-    pm = types.SimpleNamespace(is_main=True, device=torch.device("cpu"), world_size=1)
-    progress = train_min.Progress(pm, tmp_path, len(seconds), 0)
-    progress.seconds, progress.losses = [(s, 1, 1.0) for s in seconds], [1.0] * len(seconds)
-    progress.end(types.SimpleNamespace(shares={}))
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {key: report[key] for key in told} == told
-
-
-class CountAttention(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.count += "scaled_dot_product" in op.name() and "backward" not in op.name()
-        return op(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("checkpointing, runs", [("none", 1), ("attention", 1), ("full", 2)])
-def test_checkpointing_keeps_attention(checkpointing, runs):
-    """Of each block: `full` computes attention again in backward, `attention` does not."""
-    model, inputs = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (3, 3))
-    with CountAttention() as counter:
-        model(**inputs, checkpointing=checkpointing).sum().backward()
-    assert counter.count == CONFIG.refiner_depth + runs * (CONFIG.double_depth + CONFIG.single_depth)
-
-
 @pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile on CPUs needs a C++ compiler"
+    not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler on CPUs"
 )
 def test_compiled_blocks_have_the_same_gradients():
     model, compiled = random_model(CONFIG), random_model(CONFIG)
     compiled.compile_blocks()
-    inputs = random_inputs(CONFIG, *CASES["ragged"])
+    inputs, how = random_inputs(CONFIG, *CASES["ragged"]), dict(checkpointing="attention")
     truth = model(**inputs)
-    grads = [
-        torch.autograd.grad(m(**inputs, checkpointing="attention"), [*m.parameters()], truth) for m in (model, compiled)
-    ]
-    for a, b in zip(*grads):
+    for a, b in zip(*(torch.autograd.grad(m(**inputs, **how), [*m.parameters()], truth) for m in (model, compiled))):
         close(b, a)
-
     graphs = []  # one shape, another one, and then any
     for latents, length in (((2, 4, 8), 5), ((3, 6, 6), 2), ((2, 8, 6), 7), ((2, 4, 6), 3)):
-        x = random_inputs(CONFIG, latents, (length, length), seed=length)
-        compiled(**x, checkpointing="attention").sum().backward()
+        compiled(**random_inputs(CONFIG, latents, (length, length), seed=length), **how).sum().backward()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and set(graphs[1:]) == {graphs[1]}, f"recompiled: {graphs}"
 
 
 def test_more_sizes_than_graphs():
-    """Dynamo compiles a function at most eight times, and sizes 0 and 1 apart: what comes then runs as it is."""
-    plain, compiled, compiler = random_model(CONFIG), random_model(CONFIG), torch.compile
-    torch._dynamo.reset()
-    with mock.patch.object(torch, "compile", lambda part, options, **how: compiler(part, backend="eager", **how)):
+    """Dynamo compiles a function at most eight times, and sizes 0 and 1 apart: what comes then runs as it is.
+    It breaks at attention and nowhere else; and a copy of a compiled model computes with its own weights."""
+    plain, compiled = random_model(CONFIG), random_model(CONFIG)
+    with eager_compiler():
         compiled.compile_blocks()
     for seed in range(60):
         draw = random.Random(seed)
@@ -1016,7 +1174,12 @@ def test_more_sizes_than_graphs():
             close(*outs)
         if seed % 3:
             close(*(torch.autograd.grad(o.sum(), m.img_in.proj.weight)[0] for o, m in zip(outs, (plain, compiled))))
-    assert not torch._dynamo.utils.counters["graph_break"]
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert breaks and all("joint_attention" in reason for reason in breaks), breaks
+    copied, other = copy.deepcopy(compiled), random_model(CONFIG, seed=1)
+    copied.load_state_dict(other.state_dict())
+    close(copied(**inputs), other(**inputs))
+    close(compiled(**inputs), plain(**inputs))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's kernels need a GPU")
@@ -1025,9 +1188,8 @@ def test_compiled_gradients_at_real_size():
     model = HunyuanVideo(HunyuanConfig.preset("13b", double_depth=1, single_depth=1)).to("cuda", torch.bfloat16)
     for param in model.parameters():
         param.data.normal_(0, 0.02)
-    inputs, compiled = random_inputs(model.config, (13, 90, 160), (60,), "cuda"), copy.deepcopy(model)
+    inputs, compiled, both = random_inputs(model.config, (13, 90, 160), (60,), "cuda"), copy.deepcopy(model), []
     compiled.compile_blocks()
-    both = []
     for m in (compiled, model):
         out = m(**inputs, checkpointing="attention")
         both.append(torch.autograd.grad(out, [*m.parameters()], inputs["latents"].to(out)))
@@ -1041,8 +1203,8 @@ def test_13b_is_the_release():
     names = list(model.state_dict())
     assert sum(p.numel() for p in model.parameters()) == 12_821_012_544 and len(names) == 856
     for naming, count in (("original", 856), ("diffusers", 1264), ("comfyui", 856)):
-        assert len({n for name in names for n in names_in(naming, name)}) == count
-    assert forward_flops(model.config, 118_800, 256) == 1_617_916_864_757_760 + 10_450_450_859_950_080
+        assert len({n for name in names for n in hunyuan_sp.names_in(naming, name)}) == count
+    assert hunyuan_sp.forward_flops(model.config, 118_800, 256) == 1_617_916_864_757_760 + 10_450_450_859_950_080
 
 
 @pytest.mark.parametrize("preset", ["tiny", "13b"])
@@ -1051,15 +1213,8 @@ def test_init_zeroes_what_must_be_zero(preset):
     model = HunyuanVideo(HunyuanConfig.preset(preset, **changes))
     init_weights(model)
     for name, param in model.named_parameters():
-        zero = (
-            "mod" in name
-            or "adaLN" in name
-            or "final" in name
-            or name == "img_in.proj.bias"
-            or "norm" in name
-            and "bias" in name
-        )
-        assert (param.abs().max() == 0) == zero, name
+        zero = re.search("mod|adaLN|final|norm.*bias", name) or name == "img_in.proj.bias"
+        assert (param.abs().max() == 0) == bool(zero), name
         if "mlp.fc1.weight" in name:
             assert abs(param.std() * (3 * param.shape[1]) ** 0.5 - 1) < 0.05, name  # U(-1/sqrt(n), 1/sqrt(n))
 
@@ -1071,22 +1226,22 @@ def test_init_zeroes_what_must_be_zero(preset):
 @pytest.mark.parametrize("prefix", ["", "model.", "model.model.", "transformer.", "module."])
 @pytest.mark.parametrize("naming", ["original", "diffusers", "comfyui"])
 def test_naming_round_trips(naming, prefix, tmp_path):
-    source = golden_model(torch.float32)
-    tensors = {}
+    source, tensors = golden_model(torch.float32), {}
     for name, param in source.state_dict().items():
         for key, value in export_weight(source.config, name, param, naming).items():
             old = key.replace("_norm.weight", "_norm.scale") if naming == "comfyui" else key
             tensors[prefix + old] = value.clone()
     if naming == "diffusers":
-        fixture = load_file(HERE / "golden" / "weights_diffusers.safetensors")
-        assert {prefix + k for k in fixture} == set(tensors)
-        assert all(torch.equal(v.float(), tensors[prefix + k]) for k, v in fixture.items())
+        fixture = load_file(GOLD / "weights_diffusers.safetensors")
+        assert equal(
+            {k: tensors[k] for k in sorted(tensors)}, {prefix + k: fixture[k].float() for k in sorted(fixture)}
+        )
     save_file(tensors, tmp_path / "model.safetensors")
     torch.save(dict(module=tensors), tmp_path / "model.pt")
     for path in ("model.safetensors", "model.pt", ""):
         target = HunyuanVideo(source.config)
         load_weights(target, tmp_path / path)
-        assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters()))
+        assert equal(target.state_dict(), source.state_dict())
 
 
 class Touch:
@@ -1100,28 +1255,23 @@ class Touch:
 
 
 def test_weights_that_do_not_fit(tmp_path):
-    model, good = HunyuanVideo(GOLDEN), load_file(HERE / "golden" / "weights_tencent.safetensors")
-    before = [p.clone() for p in model.parameters()]
-    name = "single_blocks.1.linear1.weight"
+    model, good = HunyuanVideo(GOLDEN), load_file(GOLD / "weights_tencent.safetensors")
+    before, name = [p.clone() for p in model.parameters()], "single_blocks.1.linear1.weight"
 
     def refused(source, *told):
         with pytest.raises((ValueError, FileNotFoundError)) as error:
             load_weights(model, source)
         assert all(t in str(error.value) for t in told), error.value
-        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "something was loaded"
+        assert equal(model.parameters(), before), "something was loaded"
 
     refused({k: v for k, v in good.items() if k != name}, "1 missing", name)
     refused(good | {"extra.weight": torch.zeros(1)}, "1 unknown", "extra.weight")
     refused(good | {name: torch.zeros(3, 4)}, "1 of another shape", "[3, 4]", name)
     refused({k.replace("single", "sinlge"): v for k, v in good.items()}, "16 missing", "16 unknown")
     refused({}, "120 missing")
-    data = (HERE / "golden" / "weights_tencent.safetensors").read_bytes()
-    for label, content in (
-        ("cut", data[:-1]),
-        ("half", data[: len(data) // 2]),
-        ("empty", b""),
-        ("page", b"<html>" * 9),
-    ):
+    data = (GOLD / "weights_tencent.safetensors").read_bytes()
+    contents = dict(cut=data[:-1], half=data[: len(data) // 2], empty=b"", page=b"<html>" * 9)
+    for label, content in contents.items():
         (tmp_path / f"{label}.safetensors").write_bytes(content)
         refused(tmp_path / f"{label}.safetensors", f"{label}.safetensors", "not a readable safetensors file")
     refused(good | {name: good[name].long()}, "floating-point")
@@ -1144,11 +1294,11 @@ def test_fuzzed_weights(tmp_path):
     save_file(source.state_dict(), tmp_path / "good.safetensors")
     good, outcomes = (tmp_path / "good.safetensors").read_bytes(), [0, 0]
     header = 8 + int.from_bytes(good[:8], "little")
+    changes = [flip, lambda b, p: b[:p], lambda b, p: b[:p] + b[p + 1 :], lambda b, p: b[:p] + b"0" + b[p:]]
+    changes += [lambda b, p: b[:p] + draw.randbytes(8) + b[p + 8 :]]
     for n in range(2000):
         place = draw.randrange(header if n % 4 else len(good))
-        change = draw.choice([flip, lambda b, p: b[:p], lambda b, p: b[:p] + b[p + 1 :], lambda b, p: b[:p] + b"0" + b[p:],
-                              lambda b, p: b[:p] + draw.randbytes(8) + b[p + 8 :]])  # fmt: skip
-        (tmp_path / "bad.safetensors").write_bytes(change(good, place))
+        (tmp_path / "bad.safetensors").write_bytes(draw.choice(changes)(good, place))
         before = [p.clone() for p in model.parameters()]
         try:
             load_weights(model, tmp_path / "bad.safetensors")
@@ -1163,31 +1313,28 @@ def test_fuzzed_weights(tmp_path):
 def test_diffusers_agrees():
     """An optional extra of the tests: three random models, exported to diffusers and run there."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is an optional extra: pip install .[diffusers]")
-    from hunyuan_sp import diffusers_config
-
     draw = random.Random(0)
     for seed in range(3):
         dims = draw.choice([(4, 6, 6), (8, 4, 4), (2, 2, 4)])
         config = HunyuanConfig(draw.choice([2, 3, 5]), dims, 256.0, draw.choice([1, 3]), draw.choice([1, 2]),
                                draw.choice([1, 2]), draw.choice([2.0, 4.0]), 4, 4, (1, 2, 2), 20, 10, seed != 1)  # fmt: skip
-        model, inputs = (
-            random_model(config, dtype=torch.float32, seed=seed),
-            random_inputs(config, (3, 4, 6), (5, 3, 1)),
-        )
-        values = {k: v for k, v in diffusers_config(config).items() if not k.startswith("_")}
+        model = random_model(config, dtype=torch.float32, seed=seed)
+        inputs = random_inputs(config, (3, 4, 6), (5, 3, 1))
+        values = {k: v for k, v in hunyuan_sp.diffusers_config(config).items() if not k.startswith("_")}
         theirs = diffusers.HunyuanVideoTransformer3DModel(**values).eval()
         state = [export_weight(config, n, p, "diffusers") for n, p in model.state_dict().items()]
         theirs.load_state_dict({k: v for part in state for k, v in part.items()}, strict=True)
         with torch.no_grad():
             ours = model(**inputs)
             inputs = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
-            truth = theirs(inputs["latents"], inputs["timestep"], inputs["text"], inputs["text_mask"].long(),
-                           inputs["pooled"], guidance=inputs["guidance"], return_dict=False)[0]  # fmt: skip
+            inputs["text_mask"] = inputs["text_mask"].long()
+            given = (inputs[n] for n in NAMES[:5])
+            truth = theirs(*given, guidance=inputs["guidance"], return_dict=False)[0]
         close(ours, truth, 2e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# the batch sampler
+# the batch samplers
 
 
 def ranks_of(n, batch, dp, accumulation=1, **more):
@@ -1246,11 +1393,41 @@ def test_sampler_rules():
 def test_sampler_drops_a_tail_only_when_told():
     for n, batch, dp in ((10, 4, 2), (12, 4, 2), (61, 6, 3)):
         ranks = ranks_of(n, batch, dp, tail="drop")
-        seen = [int(i) for r in ranks for b in r for i in b]
-        assert len(seen) == len(set(seen)) == n // batch * batch and all(i.weight for r in ranks for b in r for i in b)
+        seen = [i for r in ranks for b in r for i in b]
+        assert len(seen) == len(set(seen)) == n // batch * batch and all(i.weight for i in seen)
         while not ranks[0].advance():
             pass
         assert ranks[0].epoch == 1 and len(ranks[0]) == n // batch
+
+
+def test_another_sampler_is_dealt_out():
+    """Over random draws: every batch once, with weight 1; as many on all ranks, and as many as len() says, in each epoch."""
+    draw = random.Random(0)
+    for trial in range(200):
+        n, dp, tail = draw.randint(0, 40), draw.randint(1, 5), draw.choice(("pad", "drop"))
+        order = [[3 * i + j for j in range(draw.randint(1, 3))] for i in range(n)]
+        ranks = [BatchSamplerShard(order, rank, dp, tail) for rank in range(dp)]
+        for epoch in range(2):
+            dealt = [list(rank) for rank in ranks]
+            assert {len(d) for d in dealt} == {len(ranks[0])} == {-(-n // dp) if tail == "pad" else n // dp}
+            assert all(i.epoch == epoch for d in dealt for batch in d for i in batch)
+            whole = [batch for turn in zip(*dealt) for batch in turn]  # in the order of the batches
+            real = [[int(i) for i in batch] for batch in whole if batch[0].weight == 1]
+            assert real == (order if tail == "pad" else order[: n // dp * dp]), trial
+            fillers = [batch for batch in whole if batch[0].weight != 1]
+            assert all(i.weight == 0 and [*map(int, batch)] in order for batch in fillers for i in batch)
+        assert {rank.epoch for rank in ranks} == {2}
+
+    batches = BatchSampler(RandomSampler(range(7), generator=torch.Generator().manual_seed(0)), 2, drop_last=False)
+    collate = partial(train_min.collate, seed=0, shift=3.0, caption_drop=0.0)
+    loader = DataLoader(Ragged(), batch_sampler=BatchSamplerShard([*batches], 2, 3), collate_fn=collate, num_workers=1)
+    assert [batch["weight"].tolist() for batch in loader] == [[1, 1], [0]] and len(loader) == 2
+    for arguments, told in (
+        ((3, 3), "dp_rank 3 is not between 0 and 2"),
+        ((0, 3, "keep"), "'keep' is neither pad nor drop"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            BatchSamplerShard(batches, *arguments)
 
 
 def test_sampler_through_workers():
@@ -1317,11 +1494,6 @@ def test_bad_model_inputs():
             model(**inputs)
 
 
-def test_a_mask_or_its_lengths():
-    model, inputs = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (4, 2))
-    assert torch.equal(model(**inputs), model(**inputs | dict(text_mask=[4, 2])))
-
-
 @pytest.mark.parametrize("arguments, told", [
     ((0, 4), "the dataset has 0 samples"),
     ((8, 0), "global_batch_size 0"),
@@ -1374,20 +1546,159 @@ def test_fuzzed_sampler_states():
             assert sampler.state_dict() == before
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# launches as a user types them. Seconds below are bounds against hanging alone: a test asserts order and outcome
+
+
+STARTED = []  # so that no process outlives its test
+
+
+def python(*command, ranks=1, agent=(), out, **environment):
+    """torchrun (one rank: plain python) with a script and its flags, printing to the file `out`."""
+    run = ["-m", "torch.distributed.run", *(agent or ("--standalone", f"--nproc_per_node={ranks}"))]
+    command = [sys.executable, *(run if ranks > 1 or agent else ()), *map(str, command)]
+    environment = os.environ | dict(PYTHONPATH=str(HERE)) | environment
+    with open(out, "a") as file:
+        STARTED.append(subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE, env=environment))
+    return STARTED[-1]
+
+
+def end_what_is_left():
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.terminate()  # an agent ends its ranks, unless it is killed
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    end_what_is_left()
+
+
+def launch(*command, out, timeout=300, **more):
+    """Until it ends: (exit code, everything printed). `out`: a folder."""
+    file = out / f"printed-{len(list(out.glob('printed-*')))}"
+    code = python(*command, out=file, **more).wait(timeout=timeout)
+    return code, file.read_text()
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def launch(*command, ranks=1, timeout=60, **environment):
-    """torchrun as a user types it; (exit code, everything printed)."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
-    command = run if ranks > 1 else [sys.executable, *command]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, cwd=HERE, env=os.environ | environment
+def workers_of(agent):
+    """Process ids of the ranks of a torchrun agent, in order."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in listed.split()]
+
+
+def wait_for(condition, seconds=300):
+    until = time.time() + seconds
+    while not condition() and time.time() < until:
+        time.sleep(0.02)
+    assert condition()
+
+
+def steps_done(run):
+    path = run / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("script, ranks, told", [
+    ("comm.py", 3, [r"rank 2 before: 50 01|rank 0 before: 00 01 02 03 04", r"<all_to_all\(x\), y> = (\d+), <x, transpose\(y\)> = \1,"]),
+    ("sampler.py", 1, ["the epoch is over, each sample was seen once", r"stopped. The state: .*'consumed': 8"]),
+    ("hunyuan_sp.py", 2, [r"all tokens, some heads rank 0: \[1, 52, 3, 16\]   rank 1: \[1, 52, 3, 16\]"]),
+])  # fmt: skip
+def test_lessons(script, ranks, told, tmp_path):
+    """The files explain themselves when they are run, in at most 25 lines, and what they say is right."""
+    code, printed = launch(script, ranks=ranks, out=tmp_path)
+    lines = [line for line in printed.splitlines() if "torch/distributed/run.py" not in line]
+    assert code == 0 and 0 < len(lines) <= 25 and all(re.search(part, printed) for part in told), printed
+    assert (printed.count(": True"), printed.count("False")) == (3 * (script == "comm.py"), 0), printed
+    assert "Warning" not in printed, printed
+
+
+def test_what_the_programs_write_is_ignored_by_git():
+    names = (
+        "out/log.jsonl out-2/step-1/manifest.json clip.safetensors clip-3.gif clip-trace-0.json.gz out/trace-1.json.gz"
     )
-    return result.returncode, result.stdout + result.stderr
+    inside = shutil.which("git") and subprocess.run(["git", "rev-parse"], cwd=HERE, capture_output=True).returncode == 0
+    if not inside:
+        pytest.skip("not a git checkout")
+    ignored = subprocess.run(["git", "check-ignore", "--", *names.split()], cwd=HERE, capture_output=True, text=True)
+    assert ignored.stdout.split() == names.split()
+    tracked = subprocess.run(["git", "ls-files", "-ci", "--exclude-standard"], cwd=HERE, capture_output=True, text=True)
+    assert not tracked.stdout, "files of the project are ignored"
+
+
+def test_profile_names_what_is_in_it(tmp_path):
+    """One Chrome trace a rank, of the last step alone, in which blocks, attention and exchanges go by their names."""
+    flags = [
+        "--steps",
+        "3",
+        "--batch",
+        "2",
+        "--sp",
+        "2",
+        "--profile",
+        "--device",
+        "cpu",
+        "--checkpointing",
+        "attention",
+    ]
+    code, printed = launch("train_min.py", *flags, "--out", tmp_path, ranks=2, out=tmp_path)
+    assert code == 0, printed
+    for rank in range(2):
+        with gzip.open(tmp_path / f"trace-{rank}.json.gz") as file:
+            events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+        names = [event["name"] for event in events]
+        for name in ("double_block 0", "double_block 1", "single_block 0", "single_block 1"):
+            assert names.count(name) == 2, name  # once forward, once recomputed
+        assert names.count("attention") >= 8 and names.count("all_to_all") >= 4 * 2 * 3
+        assert names.count("Optimizer.step#AdamW.step") == 1
+        blocks = [(e["ts"], e["ts"] + e["dur"]) for e in events if re.fullmatch(r"(double|single)_block \d", e["name"])]
+        waits = [e for e in events if re.search(r"aten::(item|_local_scalar_dense|is_nonzero)|Synchronize", e["name"])]
+        assert waits and not [e for e in waits if any(start <= e["ts"] <= end for start, end in blocks)]
+
+
+def test_shares_of_a_profile():
+    """Ten units of time: attention 0-4, a collective 3-6 and 8-9, nothing 6-8, linears 9-10."""
+    spans = [(0, 4, False), (3, 6, True), (8, 9, True), (9, 10, False)]
+    assert train_min.shares(spans) == dict(collectives=0.4, exposed=0.3, idle=0.2)
+    assert train_min.shares([]) == {}
+
+
+@pytest.mark.parametrize("seconds, told", [
+    ((100.0, 50.0, 2.0, 4.0, 3.0, 90.0), dict(s_per_step=3.0, timed_steps=3)),
+    ((100.0, 50.0, 90.0), dict(s_per_step=50.0, timed_steps=0)),
+    ((100.0,), dict(s_per_step=100.0, timed_steps=0)),
+])  # fmt: skip
+def test_the_median_step_of_a_benchmark(seconds, told):
+    """Neither the first two, which compile and whose backward is of zeros, nor the last one, under the profiler."""
+    pm = types.SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    clock = train_min.Clock(pm, len(seconds))
+    clock.seconds, clock.work, clock.profiler, clock.shares = (
+        [*seconds],
+        [(12, 6e12)] * len(seconds),
+        True,
+        dict(idle=0.5),
+    )
+    report, s = clock.report(), told["s_per_step"]
+    wanted = told | dict(tokens_per_s=round(12 / s), tflops_per_rank=round(3 / s, 4), idle=0.5)
+    assert {key: report[key] for key in wanted} == wanted
+
+
+def test_measure_reads_the_pixels():
+    """The score that CI asks of the trained model is right about clips whose captions are known."""
+    for n, caption in enumerate(Shapes.captions()):
+        colour, direction = Shapes.measure(Shapes.draw(caption, seeded(n)))
+        assert colour in caption and caption.endswith(direction), caption
 
 
 BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
@@ -1403,7 +1714,6 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("train --config 13b --height 250", "height 250 and width 256 must be multiples of 16"),
     ("train --config 13b --width 0", "width 0 must be multiples of 16"),
     ("train --config 13b --frames 16", "frames 16 must be 4k+1: 256 x 256 x 13 would do"),
-    ("train --config 13b --text_tokens 0", "--text_tokens 0 is not at least 1"),
     ("train --steps 0", "--steps 0 is not at least 1"),
     ("train --batch 0", "--batch 0 is not at least 1"),
     ("train --batch -4", "--batch -4 is not at least 1"),
@@ -1417,8 +1727,6 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("train --save_every -1", "--save_every -1 is not at least 0"),
     ("train --keep -1", "--keep -1 is not at least 0"),
     ("train --timeout 0", "--timeout 0.0 is not at least"),
-    ("train --max_skipped 0", "--max_skipped 0 is not at least 1"),
-    ("train --check_every 0", "--check_every 0 is not at least 1"),
     ("train --attention fa5", "attention 'fa5' is none of sdpa, fa4"),
     ("train --data {bad}/none", "there is no .safetensors file in"),
     ("train --data {bad}", "there is no .safetensors file in"),
@@ -1446,6 +1754,10 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("infer --checkpoint {bad}/none", "no checkpoint in"),
     ("infer --checkpoint {bad}/damaged", "no whole checkpoint in"),
     ("infer --checkpoint {bad}/run --sp 3", "world size 2 is not a multiple of sequence_parallel_size 3"),
+    ("infer --checkpoint {bad}/run --dp 2 --sp 2", "data_parallel_size 2 x sequence_parallel_size 2 is not the world size 2"),
+    ("infer --checkpoint {bad}/run --dp 3", "data_parallel_size 3"),
+    ("infer --config tiny --sp 7", "sequence_parallel_size 7 is more than the 6 heads"),
+    ("infer --checkpoint {bad}/run --shift 0", "--shift 0.0 is not at least"),
     ("infer --checkpoint {bad}/run --steps 0", "--steps 0 is not at least 1"),
     ("infer --checkpoint {bad}/run --score 0", "--score 0 is not at least 1"),
     ("infer --checkpoint {bad}/run --cfg nan", "--cfg nan is not at least"),
@@ -1481,7 +1793,7 @@ def bad_files(folder):
     (folder / "evil" / "step-1").mkdir(parents=True)
     for name in (".metadata", "manifest.json"):
         (folder / "evil" / "step-1" / name).write_bytes(evil)
-    code, printed = launch("train_min.py", "--steps", "1", "--device", "cpu", "--out", str(folder / "run"))
+    code, printed = launch("train_min.py", "--steps", 1, "--device", "cpu", "--out", folder / "run", out=folder)
     assert code == 0, printed
     shutil.copytree(folder / "run", folder / "damaged")
     file = next((folder / "damaged" / "step-1").glob("*.safetensors"))
@@ -1499,26 +1811,25 @@ def one_rank(command, rank, port, printed):
     os.chdir(printed.parent)
     file = os.open(printed, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1), os.dup2(file, 2)
-    script, *flags = command
-    module, main = {"train": (train_min, train_min.train), "infer": (infer_min, infer_min.infer)}[script]
-    train_min.run(main, module.parse([*flags, "--device", "cpu"]))
+    module, main = dict(train=(train_min, train_min.train), infer=(infer_min, infer_min.infer))[command[0]]
+    args = module.parse([*command[1:], "--device", "cpu"])
+    comm.run(partial(main, args), ".", args.debug)
 
 
 def test_bad_input(tmp_path):
-    """Every row of BAD: status 1 on every rank in under 20 seconds, and the sentence alone."""
+    """Every row of BAD: status 1 on every rank, and the sentence alone; a warning of torch's would be seen here too."""
     bad_files(tmp_path)
     context, wrong = torch.multiprocessing.get_context("forkserver"), []
     context.set_forkserver_preload(["test_sp"])
     for n, (line, told) in enumerate(BAD):
-        port = free_port()
-        command = line.format(bad=tmp_path).split()
+        port, command = free_port(), line.format(bad=tmp_path).split()
         command += ["--out", str(tmp_path / f"out-{n}")] if command[0] == "train" and "--out" not in command else []
         printed = [tmp_path / f"{n}.{rank}" for rank in range(2)]
         ranks = [context.Process(target=one_rank, args=(command, r, port, printed[r])) for r in range(2)]
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(20)
+            process.join(120)
             if process.exitcode is None:
                 process.kill()
         for process, file in zip(ranks, printed):
@@ -1526,251 +1837,150 @@ def test_bad_input(tmp_path):
             lines = [x for x in text.splitlines() if not re.match(r"\[[WI]\d|\[Gloo\]|skipping ", x)]
             if process.exitcode != 1 or len(lines) != 1 or not re.match(f"error: .*{re.escape(told)}", lines[0]):
                 wrong.append(f"{line}: status {process.exitcode}, expected {told!r}:\n{text[-1500:]}")
-    assert len(BAD) >= 40 and not wrong, "\n".join(wrong)
+    assert len(BAD) >= 60 and not wrong, "\n".join(wrong)
     assert not (tmp_path / "touched").exists(), "a pickle was opened"
 
 
-@pytest.mark.parametrize("ranks, flags, told", [
-    (3, "--sp 2", "world size 3 is not a multiple of sequence_parallel_size 2"),
-    (2, "--resume --out {tmp}", "no checkpoint in"),
+@pytest.mark.parametrize("ranks, flags, told, sayers", [
+    (3, "--sp 2", "world size 3 is not a multiple of sequence_parallel_size 2", 1),
+    (2, "--resume --out {tmp}", "no checkpoint in", 2),
+    (2, "--config 14b --debug", "no preset '14b'", 1),
 ])  # fmt: skip
-def test_bad_input_under_torchrun(ranks, flags, told, tmp_path):
-    code, printed = launch("train_min.py", *flags.format(tmp=tmp_path).split(), "--device", "cpu", ranks=ranks)
-    assert code != 0 and re.search(f"^error: .*{re.escape(told)}", printed, re.M), printed
-    assert not re.search(r"train_min\.py\", line", printed), "a traceback"
+def test_bad_input_under_torchrun(ranks, flags, told, sayers, tmp_path):
+    """The sentence, of every rank where they have met; the cause that torchrun shows; a traceback only where asked for."""
+    flags = flags.format(tmp=tmp_path).split()
+    code, printed = launch("train_min.py", *flags, "--device", "cpu", ranks=ranks, out=tmp_path)
+    assert code != 0 and len(re.findall(f"^error: .*{re.escape(told)}", printed, re.M)) >= sayers, printed
+    assert re.search(rf"^ +traceback : .*{re.escape(told)}", printed, re.M), printed
+    assert bool(re.search(r"train_min\.py\", line", printed)) == ("--debug" in flags), printed
+
+
+def test_flags_are_refused_before_the_ranks_meet():
+    early = ("train --config", "train --steps", "train --sp 7", "infer --config 15b", "infer --config tiny --sp")
+    lines = {line: told for line, told in BAD if line.startswith(early)}
+    for line, told in lines.items():
+        script, *flags = line.split()
+        module, main = dict(train=(train_min, train_min.train), infer=(infer_min, infer_min.infer))[script]
+        with mock.patch.object(module, "ParallelManager", lambda *_, **__: 1 / 0):
+            with pytest.raises(ValueError, match=re.escape(told)):
+                main(module.parse(flags))
+    assert len(lines) > 7
+
+
+def write_sample(path, latents, words=2):
+    path.parent.mkdir(exist_ok=True)
+    save_file(dict(latents=latents, text=torch.ones(words, 32), pooled=torch.ones(32)), path)
 
 
 def test_data_folder_and_damaged_checkpoint(tmp_path):
     """Samples of two shapes and ragged text train together; a checkpoint with one flipped byte is refused by name."""
-    (tmp_path / "data").mkdir()
     for n in range(9):
-        shape = (3, 2, 4, 6) if n % 3 else (3, 1, 8, 4)
-        sample = dict(latents=torch.randn(shape), text=torch.randn(1 + n % 4, 32), pooled=torch.randn(32))
-        save_file(sample, tmp_path / "data" / f"{n}.safetensors")
-    flags = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--batch", "2", "--workers", "1"]
-    flags = ["train_min.py", *flags, "--device", "cpu", "--steps"]
-    code, printed = launch(*flags, "6", ranks=2)
+        write_sample(
+            tmp_path / f"data/{n}.safetensors", torch.randn((3, 2, 4, 6) if n % 3 else (3, 1, 8, 4)), 1 + n % 4
+        )
+    flags = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--batch", 2, "--workers", 1, "--device", "cpu"]
+    code, printed = launch("train_min.py", *flags, "--steps", 6, ranks=2, out=tmp_path)
     assert code == 0 and len(losses(tmp_path / "out")) == 6, printed
     file = next((tmp_path / "out" / "step-6").glob("*.safetensors"))
     file.write_bytes(flip(file.read_bytes(), -100))
-    code, printed = launch(*flags, "8", "--resume")
+    code, printed = launch("train_min.py", *flags, "--steps", 8, "--resume", out=tmp_path)
     assert code != 0 and re.search(f"error: no whole checkpoint in .*{file.name} has another crc32", printed), printed
 
 
 def test_steps_without_finite_gradients_are_skipped(tmp_path):
     """One sample of four is NaN: its step is left out on all ranks. Nothing but NaN: it stops with a sentence."""
-    (tmp_path / "data").mkdir()
     for n in range(4):
-        latents = torch.full((3, 1, 4, 4), math.nan if n == 2 else 0.5)
-        save_file(
-            dict(latents=latents, text=torch.ones(2, 32), pooled=torch.ones(32)), tmp_path / "data" / f"{n}.safetensors"
-        )
-    flags = ["train_min.py", "--data", str(tmp_path / "data"), "--device", "cpu", "--batch", "2", "--max_skipped", "3"]
-    code, printed = launch(*flags, "--steps", "4", "--out", str(tmp_path / "a"), ranks=2)
+        write_sample(tmp_path / f"data/{n}.safetensors", torch.full((3, 1, 4, 4), math.nan if n == 2 else 0.5))
+    flags = ["train_min.py", "--data", tmp_path / "data", "--device", "cpu", "--batch", 2]
+    code, printed = launch(*flags, "--steps", 4, "--out", tmp_path / "a", ranks=2, out=tmp_path)
     assert code == 0 and [entry["skipped"] for entry in losses(tmp_path / "a")].count(True) == 2, printed
-    weights = load_checkpoint(tmp_path / "a" / "step-4").values()
-    assert all(w.isfinite().all() for w in weights)
+    assert all(w.isfinite().all() for w in load_checkpoint(tmp_path / "a" / "step-4").values())
     for n in (0, 1, 3):
-        shutil.copy(tmp_path / "data" / "2.safetensors", tmp_path / "data" / f"{n}.safetensors")
-    code, printed = launch(*flags, "--steps", "9", "--out", str(tmp_path / "b"))
-    assert code != 0 and "3 steps in a row, the last one 3, had no finite loss" in printed, printed
-    code, printed = launch(*flags, "--steps", "2", "--out", str(tmp_path / "c"))
+        shutil.copy(tmp_path / "data/2.safetensors", tmp_path / f"data/{n}.safetensors")
+    code, printed = launch(*flags, "--steps", 19, "--out", tmp_path / "b", out=tmp_path)
+    assert code != 0 and "10 steps in a row, the last one 10, had no finite loss" in printed, printed
+    code, printed = launch(*flags, "--steps", 2, "--out", tmp_path / "c", out=tmp_path)
     assert code != 0 and "none of 2 steps had a finite loss" in printed, printed
 
 
-def start(tmp_path, *flags, ranks=2, script="train_min.py", agent=()):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        *agent,
-        str(script),
-    ]
-    flags = ["--device", "cpu", "--out", str(tmp_path / "run"), *flags]
-    log = open(tmp_path / "printed", "a")
-    environment = os.environ | dict(PYTHONPATH=str(HERE))
-    return subprocess.Popen([*command, *flags], stdout=log, stderr=log, cwd=HERE, env=environment)
+# --------------------------------------------------------------------------------------------------------------------
+# a run that is disturbed
 
 
-def workers_of(agent):
-    """Process ids of the ranks of a torchrun agent, in order."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout
-    return [int(line) for line in listed.split()]
+def start(folder, *flags, ranks=2, script="train_min.py", agent=()):
+    """train_min.py in the background, its --out folder/run."""
+    agent = ("--standalone", f"--nproc_per_node={ranks}", *agent)
+    flags = ("--device", "cpu", "--out", folder / "run", *flags)
+    return python(script, *flags, agent=agent, out=folder / "printed")
 
 
-def wait_for(condition, seconds=60):
-    until = time.time() + seconds
-    while not condition() and time.time() < until:
-        time.sleep(0.02)
-    assert condition()
-
-
-def steps_done(tmp_path):
-    path = tmp_path / "run" / "log.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def test_kill_a_random_rank_and_go_on(tmp_path):
+def test_kill_a_random_rank_and_go_on(tmp_path, kills=2):
     """kill -9 at random moments under --max-restarts: losses and final weights equal an undisturbed run's, bit for bit."""
-    steps = 20 + 15 * KILLS
-    flags = ["--steps", str(steps), "--batch", "4", "--sp", "2", "--save_every", "2"]
+    steps, draw = 20 + 15 * kills, random.Random(kills)
+    flags = ["--steps", steps, "--batch", 4, "--sp", 2, "--save_every", 2]
     (tmp_path / "calm").mkdir()
-    assert start(tmp_path / "calm", *flags).wait(timeout=300) == 0
-    agent, draw = (
-        start(tmp_path, *flags, agent=[f"--max-restarts={KILLS}", "--monitor-interval=0.1"]),
-        random.Random(KILLS),
-    )
-    wait_for(lambda: list((tmp_path / "run").glob("step-*")))
-    for n in range(KILLS):
-        until = time.time() + draw.uniform(3, 7) * (n > 0)  # anywhere: at start, in a step, in a save
-        victims = []
-        while time.time() < until or len(victims) < 2:
+    assert start(tmp_path / "calm", *flags).wait(timeout=600) == 0
+    agent, run = start(tmp_path, *flags, agent=[f"--max-restarts={kills}", "--monitor-interval=0.1"]), tmp_path / "run"
+    wait_for(lambda: list(run.glob("step-*")))
+    for n in range(kills):
+        # anywhere: at start, in a step, in a save; but never so late that the run might end before
+        until, due, victims = time.time() + draw.uniform(0, 8), steps_done(run) + draw.randint(1, 12), []
+        while len(victims) < 2 or (time.time() < until and steps_done(run) < due):
             time.sleep(0.05)
             victims = workers_of(agent)
             assert agent.poll() is None, f"it ended before kill {n}"
         os.kill(draw.choice(victims), signal.SIGKILL)
         wait_for(lambda gone=set(victims): not gone & set(workers_of(agent)))
-    assert agent.wait(timeout=300) == 0, (tmp_path / "printed").read_text()[-3000:]
+    assert agent.wait(timeout=600) == 0, (tmp_path / "printed").read_text()[-3000:]
     assert re.search("from step [1-9]", (tmp_path / "printed").read_text()), "it started from scratch"
-    curves = [
-        [(e["step"], e["loss"], e["grad_norm"]) for e in losses(p / "run")] for p in (tmp_path / "calm", tmp_path)
-    ]
-    assert curves[0] == curves[1] and len(curves[0]) == steps
-    truth, ours = (load_checkpoint(p / "run" / f"step-{steps}") for p in (tmp_path / "calm", tmp_path))
-    assert truth.keys() == ours.keys() and all(torch.equal(truth[k], ours[k]) for k in truth)
+    ours, truth = ([(e["step"], e["loss"], e["grad_norm"]) for e in losses(p)] for p in (run, tmp_path / "calm/run"))
+    assert ours == truth and len(ours) == steps
+    assert equal(*(load_checkpoint(p / f"step-{steps}") for p in (run, tmp_path / "calm/run")))
 
 
-STREAM = """
-import re, sys, threading, time
-import torch
-from comm import ParallelManager
-from hunyuan_sp import HunyuanConfig, HunyuanVideo, load_weights
-
-def anonymous():  # what this process has allocated; pages of the mapped file are not its own
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
-
-pm = ParallelManager(1, 2, "cpu")
-with torch.device("meta"):
-    model = HunyuanVideo(HunyuanConfig.preset("13b", double_depth=1, single_depth=2))
-pm.shard(model, model.blocks)
-before, peak, over = anonymous(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not over.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
-
-thread = threading.Thread(target=watch)
-thread.start()
-load_weights(model, sys.argv[1])
-over.set()
-thread.join()
-shard = sum(p.to_local().nbytes for p in model.parameters())
-largest = max(4 * p.numel() for p in model.parameters())
-print(f"whole {2 * shard} shard {shard} largest {largest} grown {peak - before}", flush=True)
-pm.close()
-"""
-
-
-@pytest.mark.skipif(not LONG, reason="2 GB of weights: LONG=1")
-def test_weights_stream_into_a_sharded_model(tmp_path):
-    """A billion parameters of the 13B's width: while they load, a rank grows by its shard and about one tensor."""
-    with torch.device("meta"):
-        model = HunyuanVideo(HunyuanConfig.preset("13b", double_depth=1, single_depth=2))
-    save_file({k: torch.rand(p.shape).bfloat16() for k, p in model.named_parameters()}, tmp_path / "a.safetensors")
-    (tmp_path / "stream.py").write_text(STREAM)
-    code, printed = launch(str(tmp_path / "stream.py"), str(tmp_path), ranks=2, timeout=300, PYTHONPATH=str(HERE))
-    assert code == 0, printed
-    ranks = re.findall(r"whole (\d+) shard (\d+) largest (\d+) grown (\d+)", printed)
-    assert len(ranks) == 2, printed
-    for whole, shard, largest, grown in (map(int, rank) for rank in ranks):
-        print(
-            f"GB: whole {whole / 1e9:.2f}, shard {shard / 1e9:.2f}, largest {largest / 1e9:.2f}, grown {grown / 1e9:.2f}"
-        )
-        assert grown <= shard + 2 * largest < 0.7 * whole
-
-
-@pytest.mark.skipif(not LONG, reason="2,000 steps take six minutes: LONG=1")
-@pytest.mark.parametrize("save_every, first", [(0, 100), (40, 700)])
-def test_soak(save_every, first, tmp_path):
-    """2,000 steps on 2 ranks: from step `first` on memory grows by less than 1 %, file handles not at all. (With saves the
-    C library's heap takes some hundred steps to find its size.)"""
-    agent = start(tmp_path, "--steps", "2000", "--save_every", str(save_every), "--keep", "2")
-    wait_for(lambda: steps_done(tmp_path) >= first, 300)
-    ranks, seen = workers_of(agent), []
-    while steps_done(tmp_path) < 1980:
-        memory = [int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{p}/status").read_text())[1]) for p in ranks]
-        seen.append((steps_done(tmp_path), memory, [len(os.listdir(f"/proc/{p}/fd")) for p in ranks]))
-        time.sleep(1)
-        assert agent.poll() is None, (tmp_path / "printed").read_text()[-3000:]
-    assert agent.wait(timeout=60) == 0 and len(seen) > 100
-    # the most in 30 s, as a save takes some for a moment
-    for what, name, most in ((1, "KiB", 0.01), (2, "handles", 1e-9)):
-        for rank in range(2):
-            early, late = (max(x[what][rank] for x in part) for part in (seen[:30], seen[-30:]))
-            print(
-                f"save_every {save_every}, rank {rank}: {early} {name} early, {late} late, {100 * (late / early - 1):+.2f} %"
-            )
-            assert late / early - 1 < most, seen[::20]
-
-
-@pytest.mark.skipif(not LONG, reason="100 runs take ten minutes: LONG=1")
-def test_100_runs_end_with_0(tmp_path):
-    """Of the stock way out, every second run crashes in gloo's threads."""
-    codes = [
-        launch("train_min.py", "--steps", "1", "--device", "cpu", "--out", str(tmp_path), ranks=2)[0]
-        for _ in range(100)
-    ]
-    assert codes == [0] * 100
-
-
-def test_kill_inside_a_save(tmp_path):
+def test_kill_inside_a_save(tmp_path, kills=2):
     """What was saved before stays, what is called step-N is whole, and the next run goes on from it."""
-    run, draw, newest, inside = tmp_path / "run", random.Random(1), 0, 0
-    for n in range(KILLS):
-        flags = ["--device", "cpu", "--steps", "9999", "--batch", "1", "--save_every", "1", "--out", str(run)]
-        command = [sys.executable, "train_min.py", *flags, *["--resume"] * (n > 0)]
-        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL)
+    run, draw, newest, inside, tries = tmp_path / "run", random.Random(1), 0, 0, 0
+
+    def step_of(path):
+        return int(path.name.rpartition("-")[2])
+
+    while inside < kills:
+        tries += 1
+        assert tries <= 10 * kills, "hardly a kill fell into a save"
+        flags = ["--device", "cpu", "--steps", 9999, "--batch", 1, "--save_every", 1, "--out", run]
+        process = python("train_min.py", *flags, *["--resume"] * (tries > 1), out=tmp_path / "printed")
         wait_for(lambda before=newest: max(map(step_of, run.glob("step-*")), default=0) > before)
         wait_for(lambda: list(run.glob("tmp-step-*")))
-        time.sleep(draw.uniform(0, 0.05))
+        time.sleep(draw.uniform(0, 0.03))
         process.kill()
         assert process.wait() == -signal.SIGKILL
         inside += any(p.name[9:].isdigit() for p in run.glob("tmp-step-*"))
-        for path in checkpoints(run):
-            files = read_manifest(path)["files"]
-            assert files == {p.name: checksum(p) for p in path.glob("*.safetensors")}
-        last, newest = newest, step_of(checkpoints(run)[0])
+        found = manifests(run)
+        for path, manifest in found:
+            assert manifest and manifest["files"] == {p.name: comm.checksum(p) for p in path.glob("*.safetensors")}
+        last, newest = newest, step_of(found[0][0])
         assert newest > last
-    assert inside > KILLS // 4, "hardly a kill fell into a save"
-
-
-def step_of(path):
-    return int(path.name.rpartition("-")[2])
 
 
 def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path):
-    agent = start(tmp_path, "--steps", "5000", "--batch", "2")
-    wait_for(lambda: steps_done(tmp_path) > 3)
+    agent, run = start(tmp_path, "--steps", 5000, "--batch", 2), tmp_path / "run"
+    wait_for(lambda: steps_done(run) > 3)
     os.kill(workers_of(agent)[1], signal.SIGUSR1)  # one rank is told, all save
-    wait_for(lambda: list((tmp_path / "run").glob("step-*/manifest.json")))
-    after = steps_done(tmp_path)
-    wait_for(lambda: steps_done(tmp_path) > after)
+    wait_for(lambda: list(run.glob("step-*/manifest.json")))
+    after = steps_done(run)
+    wait_for(lambda: steps_done(run) > after)
     agent.send_signal(signal.SIGTERM)
-    agent.wait(timeout=30)
-    done = steps_done(tmp_path)
-    assert (tmp_path / "run" / f"step-{done}" / "manifest.json").is_file(), (tmp_path / "printed").read_text()[-3000:]
-    code, printed = launch(
-        "train_min.py", "--resume", "--steps", str(done + 1), "--batch", "2", "--out", str(tmp_path / "run")
-    )
+    agent.wait(timeout=300)
+    done = steps_done(run)
+    assert (run / f"step-{done}" / "manifest.json").is_file(), (tmp_path / "printed").read_text()[-3000:]
+    code, printed = launch("train_min.py", "--resume", "--steps", done + 1, "--batch", 2, "--out", run, out=tmp_path)
     assert code == 0 and f"from step {done}" in printed, printed
 
 
 FAULTS = """
-import os, signal, sys, time, train_min
+import os, signal, sys, time, comm, train_min
+from functools import partial
 fault, healthy = sys.argv.pop(), train_min.learning_rate
 
 def faulty(step, args):
@@ -1785,72 +1995,59 @@ def faulty(step, args):
     return healthy(step, args)
 
 train_min.learning_rate = faulty
-train_min.run(train_min.train, train_min.parse())
+args = train_min.parse()
+comm.run(partial(train_min.train, args), args.out)
 """
 
 
-@pytest.mark.parametrize("fault, seconds, told", [
-    ("raises", 5, "rank 1 has had enough"),
-    ("dies", 5, r"(rank 1 does not answer|exitcode +: -9)"),
-    ("hangs", 12, "rank 1 does not answer"),
-    *[("stops", 45, "rank 1 does not answer")] * LONG,
+@pytest.mark.parametrize("fault, told", [
+    ("raises", "rank 1 has had enough"),
+    ("dies", r"(rank 1 does not answer|exitcode +: -9)"),
+    ("hangs", "rank 1 does not answer"),
 ])  # fmt: skip
-def test_a_fault_ends_the_job_and_names_the_rank(fault, seconds, told, tmp_path):
+def test_a_fault_ends_the_job_and_names_the_rank(fault, told, tmp_path):
+    """Not after 1,000 seconds, when the one that hangs would wake up."""
     (tmp_path / "faulty.py").write_text(FAULTS)
-    agent = start(tmp_path, "--steps", "100", "--batch", "4", "--timeout", "10", fault, script=tmp_path / "faulty.py")
-    wait_for(lambda: steps_done(tmp_path) == 3)
-    started = time.time()
-    assert agent.wait(timeout=90) != 0
-    printed, took = (tmp_path / "printed").read_text(), time.time() - started
+    patience = ["--timeout", 600 if fault in ("raises", "dies") else 20]
+    agent = start(tmp_path, "--steps", 100, "--batch", 4, *patience, fault, script=tmp_path / "faulty.py")
+    assert agent.wait(timeout=400) != 0
+    printed = (tmp_path / "printed").read_text()
     assert re.search(told, printed), printed
-    assert took < seconds, f"{took:.1f} s"
+    assert steps_done(tmp_path / "run") == 3
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# launches
-
-
-@pytest.mark.parametrize("kills, steps", [(0, 2), (10 if LONG else 1, 200 if LONG else 30)])
+@pytest.mark.parametrize("kills, steps", [(0, 2), (1, 30)])
 def test_two_nodes(kills, steps, tmp_path):
     """Two torchrun agents meet on loopback, and the exchange crosses between them; a killed rank is restarted on both, with
     the environment variable that the README asks for."""
-    port = free_port()
-    agent = f"-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_id=two --rdzv_endpoint=127.0.0.1:{port}"
-    agent += f" --max-restarts={3 * kills} --monitor-interval=0.1"
-    agent += f" train_min.py --sp 2 --steps {steps} --batch 4 --save_every 2 --device cpu"
-    out = tmp_path / "run"
-    environment, log = os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"), open(tmp_path / "printed", "w")
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, *agent.split(), "--out", str(out)], stdout=log, stderr=log, cwd=HERE, env=environment
-        )
-        for _ in "12"
+    meet = [
+        "--rdzv_backend=c10d",
+        "--rdzv_id=two",
+        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+        "--monitor-interval=0.1",
     ]
-    try:
-        for n in range(kills):
-            done = steps_done(tmp_path)
-            wait_for(lambda done=done: steps_done(tmp_path) >= max(4, done + 3), 120)
-            os.kill(workers_of(nodes[n % 2])[0], signal.SIGKILL)
-            time.sleep(2)
-        codes = [node.wait(timeout=120) for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-    printed = (tmp_path / "printed").read_text()
+    agent, run = ["--nnodes=2", "--nproc_per_node=1", *meet, f"--max-restarts={3 * kills}"], tmp_path / "run"
+    flags = ["--sp", 2, "--steps", steps, "--batch", 4, "--save_every", 2]
+    with mock.patch.dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"):
+        nodes = [python("train_min.py", *flags, "--device", "cpu", "--out", run, agent=agent, out=tmp_path / "printed") for _ in "12"]  # fmt: skip
+    for n in range(kills):
+        done = steps_done(run)
+        wait_for(lambda done=done: steps_done(run) >= max(4, done + 3))
+        os.kill(workers_of(nodes[n % 2])[0], signal.SIGKILL)
+        time.sleep(2)
+    codes, printed = [node.wait(timeout=300) for node in nodes], (tmp_path / "printed").read_text()
     assert codes == [0, 0], printed[-3000:]
-    assert [entry["step"] for entry in losses(out)] == list(range(1, steps + 1)) and "dp 1 x sp 2" in printed
+    assert [entry["step"] for entry in losses(run)] == list(range(1, steps + 1)) and "dp 1 x sp 2" in printed
     assert kills == 0 or re.search("from step [1-9]", printed), "it started from scratch"
 
 
 def test_cost_model():
-    """The README's own lines against its own table: every time measured with this version to 3 %."""
-    readme, space = (HERE / "README.md").read_text(), {}
-    (code,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "def seconds" in b)
+    """The lines in assets/measured.md against the table there: every time measured with this version to 3 %."""
+    text, space, checked, work, blocks = (HERE / "assets" / "measured.md").read_text(), {}, 0, "", ""
+    (code,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "def seconds" in b)
     exec(code, space)
-    checked, work, blocks = 0, "", ""
-    for row in re.findall(
-        r"^\|(.*)\|$", readme[readme.index("| work | blocks") : readme.index("Where the time goes")], re.M
-    )[2:]:
+    table = text[text.index("| work | blocks") : text.index("Where the time goes")]
+    for row in re.findall(r"^\|(.*)\|$", table, re.M)[2:]:
         cells = [cell.strip(" *") for cell in row.split("|")]
         work, blocks = cells[0] or work, cells[1] or blocks
         for fa4, cell in enumerate(cells[3:5]):
@@ -1862,10 +2059,3 @@ def test_cost_model():
                 assert abs(ours / measured - 1) < 0.03, f"{work}, fa4 {fa4}: {ours:.2f} s, measured {measured} s"
                 checked += 1
     assert checked == 8
-
-
-def test_measure_reads_the_pixels():
-    """The score that CI asks of the trained model is right about clips whose captions are known."""
-    for n, caption in enumerate(train_min.CAPTIONS):
-        colour, direction = infer_min.measure(train_min.draw_clip(caption, train_min.seeded(n)))
-        assert colour in caption and caption.endswith(direction), caption

@@ -6,258 +6,317 @@
     $ torchrun --nproc_per_node=8 train_min.py --config 13b --sp 4 --data latents/ --weights transformer/ --resume
 
 Plain `python train_min.py` runs the same lines as a world of one. The loss curve is the same for every (dp, sp).
+In this order: flags, the loop, what it builds, the loss, data, the screen, signals.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
-import re
 import resource
 import signal
 import sys
 import time
-import traceback
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from comm import ParallelManager, failed_ranks, silent_ranks, split_sequence
+from comm import Checkpoints, ParallelManager, failed_ranks, run, split_sequence
 from hunyuan_sp import (
     CHECKPOINTING,
     HunyuanConfig,
     HunyuanVideo,
     forward_flops,
+    guidance_input,
     init_weights,
+    latent_shape,
     load_weights,
     open_safetensors,
     patchify,
+    shift_sigma,
+    text_fits,
     text_lengths,
 )
-from sampler import DPSPBatchSampler
-
-
-def add_common_flags(p):
-    """What training and sampling have in common."""
-    p.add_argument("--blocks", help="cut the depth of --config to D,S double and single blocks, e.g. 4,8")
-    p.add_argument("--weights", help="file or folder of released weights (original, diffusers or ComfyUI naming)")
-    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    p.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="compute (default: bfloat16 on GPUs, float32 on CPUs)"
-    )
-    p.add_argument("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
-    p.add_argument("--compile", action="store_true", help="torch.compile both sides of each block's attention")
-    p.add_argument("--height", type=int, default=256, help="of the video, for models over VAE latents")
-    p.add_argument("--width", type=int, default=256, help="of the video")
-    p.add_argument("--frames", type=int, default=17, help="of the video, 4k+1")
-    p.add_argument(
-        "--profile", action="store_true", help="Chrome traces of the last step, trace-RANK.json.gz, by the output"
-    )
-    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+from sampler import DPSPBatchSampler, seeded
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--config", default="tiny", help="model preset: tiny (default) or 13b")
-    p.add_argument("--dp", "--data_parallel_size", type=int, help="data-parallel groups (default: world size / sp)")
-    p.add_argument(
-        "--sp", "--sequence_parallel_size", type=int, default=1, help="ranks that share a sample (default 1)"
-    )
-    p.add_argument(
-        "--shard_size", type=int, help="HSDP: shard weights over so many ranks, replicate beyond (default: all)"
-    )
-    p.add_argument("--data", help="folder with one .safetensors a sample (default: generated data)")
-    p.add_argument("--text_tokens", type=int, default=60, help="text tokens of random latents")
-    p.add_argument("--steps", type=int, default=900, help="optimizer steps in all, those before a resume included")
-    p.add_argument("--batch", type=int, help="global batch: samples a step over all ranks (default 16; 13b: dp)")
-    p.add_argument("--accumulation", type=int, default=1, help="micro-batches a step")
-    p.add_argument("--lr", type=float, help="peak learning rate, then a cosine to a tenth (default 2e-3; 13b: 1e-5)")
-    p.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
-    p.add_argument("--weight_decay", type=float, default=0.01, help="AdamW's")
-    p.add_argument("--clip", type=float, default=1.0, help="global gradient norm")
-    p.add_argument("--shift", type=float, default=4.0, help="flow shift of the noise levels; 7 for 720p x 129 frames")
-    p.add_argument("--guidance", type=float, default=1.0, help="guidance scale fed to models that embed it")
-    p.add_argument("--caption_drop", type=float, default=0.1, help="chance of training a sample without its text")
-    p.add_argument(
-        "--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)"
-    )
-    p.add_argument("--no_reshard", action="store_true", help="keep weights whole from forward to backward (as ZeRO-2)")
-    p.add_argument("--seed", type=int, default=0, help="of weights, order, noise and caption drop")
-    p.add_argument("--out", default="out", help="folder of checkpoints and log.jsonl")
-    p.add_argument("--save_every", type=int, default=0, help="steps between checkpoints (default: only at the end)")
-    p.add_argument("--keep", type=int, default=3, help="checkpoints of this run that stay (0: all)")
-    p.add_argument("--no_save", action="store_true", help="no checkpoints at all, for benchmarks")
-    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, on any layout")
-    p.add_argument("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
-    p.add_argument(
-        "--max_skipped", type=int, default=10, help="stop after so many steps in a row without finite gradients"
-    )
-    p.add_argument(
-        "--check_every", type=int, default=100, help="steps between checks that sp ranks share their samples"
-    )
-    p.add_argument("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
-    p.add_argument(
-        "--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)"
-    )
+    flag = p.add_argument
+    flag("--config", default="tiny", help="model preset: tiny (default) or 13b")
+    flag("--sp", "--sequence_parallel_size", type=int, default=1, help="ranks that share a sample (default 1)")
+    flag("--dp", "--data_parallel_size", type=int, help="data-parallel groups (default: world size / sp)")
+    flag("--shard_size", type=int, help="HSDP: shard weights over so many ranks, replicate beyond (default: all)")
+    flag("--data", help="folder with one .safetensors a sample (default: moving shapes; 13b: noise, for benchmarks)")
+    flag("--steps", type=int, default=900, help="optimizer steps in all, those before a resume included")
+    flag("--batch", type=int, help="global batch: samples a step over all ranks (default 16; 13b: dp x accumulation)")
+    flag("--accumulation", type=int, default=1, help="micro-batches a step")
+    flag("--lr", type=float, help="peak learning rate, then a cosine to a tenth (default 2e-3; 13b: 1e-5)")
+    flag("--warmup", type=int, default=50, help="steps of linear warm-up")
+    flag("--clip", type=float, default=1.0, help="global gradient norm")
+    flag("--shift", type=float, help="flow shift of the noise levels (default 4; 13b: 7, for 720p x 129 frames)")
+    flag("--guidance", type=float, default=1.0, help="guidance scale fed to models that embed it")
+    flag("--caption_drop", type=float, default=0.1, help="chance of training a sample without its text")
+    flag("--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)")
+    flag("--seed", type=int, default=0, help="of weights, order, noise and caption drop")
+    flag("--out", default="out", help="folder of checkpoints and log.jsonl")
+    flag("--save_every", type=int, help="steps between checkpoints (default: only at the end; noise: none)")
+    flag("--keep", type=int, default=3, help="checkpoints of this run that stay (0: all)")
+    flag("--resume", action="store_true", help="go on from the newest checkpoint in --out, on any layout")
+    flag("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
+    flag("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
+    flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
     add_common_flags(p)
     args = p.parse_args(argv)
     big = args.config != "tiny"
     args.lr = (1e-5 if big else 2e-3) if args.lr is None else args.lr
+    args.shift = (7.0 if big else 4.0) if args.shift is None else args.shift
     args.checkpointing = args.checkpointing or ("attention" if big else "none")
     args.workers = int(big) if args.workers is None else args.workers
     return args
 
 
+def add_common_flags(p):
+    """What training and sampling have in common."""
+    flag = p.add_argument
+    flag("--blocks", help="cut the depth of --config to D,S double and single blocks, e.g. 4,8")
+    flag("--weights", help="file or folder of released weights (original, diffusers or ComfyUI naming)")
+    flag("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    flag("--dtype", choices=("float32", "bfloat16"), help="compute (default: bfloat16 on GPUs, float32 on CPUs)")
+    flag("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
+    flag("--compile", action="store_true", help="torch.compile both sides of each block's attention")
+    flag("--height", type=int, default=256, help="of the video, for models over VAE latents")
+    flag("--width", type=int, default=256, help="of the video")
+    flag("--frames", type=int, default=17, help="of the video, 4k+1")
+    flag("--profile", action="store_true", help="Chrome traces of the last step, trace-RANK.json.gz, by the output")
+    flag("--debug", action="store_true", help="show the traceback of an error")
+
+
+MAX_SKIPPED = 10  # steps in a row without finite gradients that end a run
+CHECK_EVERY = 100  # steps between checks that sp ranks share their samples
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# data: item i is (i, latents [C, T, h, w], text [L, text_dim], pooled [pooled_dim])
-
-COLOURS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1), yellow=(1, 1, 0), purple=(1, 0, 1), cyan=(0, 1, 1))
-SHAPES = ("square", "circle", "cross")
-DIRECTIONS = dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0))
-CLIP_SHAPE = (3, 4, 12, 12)
-CAPTIONS = [f"a {c} {s} moves {d}" for c in COLOURS for s in SHAPES for d in DIRECTIONS]
+# the story
 
 
-def draw_clip(caption, generator):
-    """The clip that a caption describes, [3, 4, 12, 12] in -1..1, at a random place: 2 pixels a frame."""
-    _, frames, size, _ = CLIP_SHAPE
-    words = caption.split()
-    colour = next(COLOURS[w] for w in words if w in COLOURS)
-    direction = next(DIRECTIONS[w] for w in words if w in DIRECTIONS)
-    radius, way = (1 if "small" in words else 2), 2 * (frames - 1)
-    spans = [(radius + way * (d < 0), size - 1 - radius - way * (d > 0)) for d in direction]
-    start = [int(torch.randint(low, high + 1, (), generator=generator)) for low, high in spans]
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    clip = torch.full((3, frames, size, size), -1.0)
-    for t in range(frames):
-        dy, dx = [(axis - s - 2 * t * d).abs() for axis, s, d in zip((y, x), start, direction)]
-        inside = torch.maximum(dy, dx) <= radius
-        if "circle" in words:
-            inside = dy**2 + dx**2 <= radius**2 + 1
-        if "cross" in words:
-            inside &= torch.minimum(dy, dx) <= radius // 3
-        clip[:, t] = torch.where(inside, torch.tensor(colour)[:, None, None] * 2.0 - 1, clip[:, t])
-    return clip
+def train(args):
+    """Build everything, take the steps, save. Gives back the ParallelManager."""
+    check_flags(args, "steps batch accumulation shard_size", 1)
+    check_flags(args, "warmup save_every keep workers", 0)
+    check_flags(args, "lr clip shift timeout", 1e-9)
+    check_flags(args, "caption_drop", 0.0, 1.0)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
+        torch.use_deterministic_algorithms(True)
+    config = get_config(args)
+    data = build_data(config, args)
 
+    # who am I; which samples are mine; where did we stop
+    pm = ParallelManager(args.dp, args.sp, args.device, args.timeout)
+    batch_size = args.batch or (16 if args.config == "tiny" else pm.dp_size * args.accumulation)
+    sampler = DPSPBatchSampler(
+        len(data), batch_size, pm.dp_rank, pm.dp_size, args.accumulation, args.seed, shapes=data.shapes
+    )
+    checkpoints, signals = Checkpoints(pm, args.out), catch_signals()
+    path, state = find_start(checkpoints, args)
+    if path:
+        check_config(config, state, path)
+        sampler.load_state_dict(state["sampler"])
+    model, optimizer = build_model(config, pm, args, checkpoints, path)
+    stream = batches(data, sampler, pm, args)
+    start = step = state.get("step", 0)
+    noise = isinstance(data, RandomLatents)
+    clock = Clock(pm, args.steps - start, f"{args.out}/trace" if args.profile else None, profiled=args.profile or noise)
+    progress = Progress(pm, model, data, batch_size, args, start)
+    saved, skipped = start, 0
 
-def embed_text(prompt, text_dim, pooled_dim):
-    """A fixed text embedder: a word is a random vector that only depends on its letters. Stands in for the two encoders.
+    while step < args.steps:
+        clock.start()
+        micro_batches = [next(stream) for _ in range(args.accumulation)]
+        if step < 3 or step % CHECK_EVERY == 0:
+            check_samples(pm, micro_batches, step)
+        # the loss is a mean over the tokens of all dp ranks and micro-batches, not a mean of means
+        count = pm.sum(sum(count_tokens(b, config.patch_size) for b in micro_batches), pm.dp_group).item()
+        loss = torch.zeros((), device=pm.device)
+        for n, batch in enumerate(micro_batches):
+            batch = {k: v if k == "text_mask" else v.to(pm.device, non_blocking=True) for k, v in batch.items()}
+            local = flow_loss(model, batch, args.guidance, pm.sp_group, args.checkpointing) / count
+            # the gradient rule: the sum over ranks of these is the mean over all tokens of the step
+            pm.backward(model, local, last=n == args.accumulation - 1)
+            loss += local.detach()
+        norm = pm.clip_grad_norm(model, args.clip)
 
-    prompt -> text [words, text_dim], pooled [pooled_dim]. No words give one token of zeros, as a dropped caption does.
-    """
-    words = prompt.lower().split()
-    if not words:
-        return torch.zeros(1, text_dim), torch.zeros(pooled_dim)
-    vectors = [torch.randn(text_dim + pooled_dim, generator=seeded("word", word)) for word in words]
-    text, pooled = torch.stack(vectors).split((text_dim, pooled_dim), 1)
-    return text, pooled.sum(0) / math.sqrt(len(words))
+        # one sum says how all ranks fared, and what they were asked by signals
+        flags = torch.tensor([signals["save"], signals["stop"], checkpoints.ready()]).to(loss)
+        loss, save, stop, ready = pm.sum(torch.cat((loss[None], flags))).tolist()
+        finite, lr = math.isfinite(loss) and math.isfinite(norm), learning_rate(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        pm.step(optimizer, skip=not finite)  # norm and loss are sums over all ranks: all skip, or none
+        sampler.advance()
+        step += 1
+        flops = 3 * pm.sum(sum(batch_flops(config, b) for b in micro_batches), pm.dp_group).item()
+        clock.stop(count, flops)
+        progress.step(step, loss, norm, lr, clock, skipped=not finite)
 
-
-def seeded(*key):
-    """A random stream that is a function of the key alone: never of a rank, nor of what came before."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-class Shapes:
-    """Clips of coloured shapes that move, with captions of five or six words."""
-
-    def __init__(self, config, length=4096):
-        self.config, self.length, self.shapes = config, length, None
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, i):
-        generator, caption = seeded("clip", int(i)), CAPTIONS[i % len(CAPTIONS)]
-        if torch.rand((), generator=generator) < 0.3:
-            caption = caption.replace("a ", "a small ", 1)
-        return i, draw_clip(caption, generator), *embed_text(caption, self.config.text_dim, self.config.pooled_dim)
-
-
-class RandomLatents:
-    """Noise of the right shape: what a benchmark needs."""
-
-    def __init__(self, config, height, width, frames, text_tokens, length=64):
-        if height % 16 or width % 16 or frames % 4 != 1 or min(height, width, frames) < 1:
+        skipped = 0 if finite else skipped + 1
+        if skipped >= MAX_SKIPPED:
+            checkpoints.finish()
             raise ValueError(
-                f"height {height} and width {width} must be multiples of 16, frames {frames} must be 4k+1: "
-                f"{max(16, height // 16 * 16)} x {max(16, width // 16 * 16)} x {max(1, (frames - 1) // 4 * 4 + 1)} would do"
+                f"{skipped} steps in a row, the last one {step}, had no finite loss and gradient (loss {loss}, norm {norm}): "
+                f"the last checkpoint is {f'{args.out}/step-{saved}' if saved else 'none'}"
             )
-        self.config, self.length, self.text_tokens, self.shapes = config, length, text_tokens, None
-        self.shape = (config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, i):
-        generator, config = seeded("random", int(i)), self.config
-        text = torch.randn(self.text_tokens, config.text_dim, generator=generator)
-        return (
-            i,
-            torch.randn(self.shape, generator=generator),
-            text,
-            torch.randn(config.pooled_dim, generator=generator),
-        )
-
-
-def shapes_in(file):
-    """{name: shape} of a safetensors file."""
-    with open_safetensors(file) as handle:
-        return {name: handle.get_slice(name).get_shape() for name in handle.keys()}
+        if ready == pm.world_size:
+            checkpoints.finish()
+        due = step == args.steps and (args.save_every or not noise)
+        if args.save_every and step % args.save_every == 0:
+            due = True
+        signals["save"] &= not save
+        if due or save or stop:
+            extra = dict(config=asdict(config), args=vars(args), layout=[pm.dp_size, pm.sp_size])
+            extra |= dict(sampler=sampler.state_dict())
+            checkpoints.save(step, model, optimizer, extra, tag=state["tag"], keep=args.keep)
+            saved = step
+        if stop:
+            break
+    checkpoints.finish()
+    progress.end(clock, step, saved)
+    return pm
 
 
-def text_fits(shapes, config):
-    """Whether there are text [L, text_dim], L > 0, and pooled [pooled_dim]."""
-    text = shapes.get("text", [])
-    return text[1:] == [config.text_dim] and text[0] > 0 and shapes.get("pooled") == [config.pooled_dim]
+# --------------------------------------------------------------------------------------------------------------------
+# what the loop builds
 
 
-def read_tensors(file, *names):
-    with open_safetensors(file) as handle:
-        return tuple(handle.get_tensor(name).float() for name in names)
+def check_flags(args, names, low, high=math.inf):
+    """ValueError for the first of the flags whose value is outside low .. high."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            wanted = f"at least {low}" if high == math.inf else f"in {low} .. {high}"
+            raise ValueError(f"--{name} {value} is not {wanted}")
 
 
-class Folder:
-    """One .safetensors a sample: latents [C, T, h, w] (already times the VAE's 0.476986), text [L, 4096], pooled [768]."""
+def get_config(args):
+    """--config, --blocks: ValueError for what cannot be."""
+    changes = {}
+    if args.blocks:
+        try:
+            changes = dict(zip(("double_depth", "single_depth"), map(int, args.blocks.split(",")), strict=True))
+            if min(changes.values()) < 0:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"--blocks {args.blocks} is not two numbers D,S, e.g. 4,8") from None
+    config = HunyuanConfig.preset(args.config, **changes)
+    if (args.sp or 1) > config.num_heads:
+        raise ValueError(f"sequence_parallel_size {args.sp} is more than the {config.num_heads} heads")
+    return config
 
-    def __init__(self, config, folder):
-        self.files = sorted(Path(folder).glob("*.safetensors"))
-        if not self.files:
-            raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
-        self.config, self.shapes = config, []
-        for file in self.files:
-            shapes = shapes_in(file)
-            latents = shapes.get("latents", [])
-            fits = len(latents) == 4 and latents[0] == config.out_channels and text_fits(shapes, config)
-            if not fits or any(n < 1 or n % p for n, p in zip(latents[1:], config.patch_size)):
-                raise ValueError(
-                    f"{file} holds {shapes}, expected latents [{config.out_channels}, T, h, w] with h, w even, "
-                    f"text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
-                )
-            self.shapes.append(tuple(latents))
 
-    def __len__(self):
-        return len(self.files)
+def compute_dtype(args, device):
+    return getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
-    def __getitem__(self, i):
-        return i, *read_tensors(self.files[i], "latents", "text", "pooled")
+
+def build_model(config, pm, args, checkpoints, path):
+    """On the meta device first: no rank ever holds all weights. path: the checkpoint that they come from, or None."""
+    with torch.device("meta"):
+        model = HunyuanVideo(config, args.attention)
+    dtype = compute_dtype(args, pm.device)
+    pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype, args.shard_size)
+    if args.weights and not path:
+        load_weights(model, args.weights)
+    elif not path:
+        init_weights(model, args.seed)
+    if args.compile:
+        model.compile_blocks()
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.01, fused=True)
+    if path:
+        checkpoints.load(path, model, optimizer)
+    return model, optimizer
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine to a tenth at the last step."""
+    done = min(1.0, max(0, step - args.warmup) / max(1, args.steps - args.warmup))
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def find_start(checkpoints, args):
+    """(path, manifest) of the checkpoint to go on from; (None, {"tag": ..}) for a new run. Equal on all ranks.
+
+    run.json names the run under way in --out, and its launch: a job that torchrun restarts goes on with its own newest
+    checkpoint, never with one that an older run left in the same folder. A run's name is the tag of its checkpoints.
+    """
+    file, pm = Path(args.out) / "run.json", checkpoints.manager
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    launch = f"process {os.getppid()}" if launch == "none" else launch
+
+    def name_under_way():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and file.exists():
+            last = json.loads(file.read_text())
+            return last["run"] if last["launch"] == launch else None
+
+    name = pm.on_main(name_under_way)
+    path, state = None, dict(tag=name or pm.on_main(lambda: f"{time.time():.6f}"))
+    try:
+        if name or args.resume:
+            path, state = checkpoints.find(name)
+    except FileNotFoundError:
+        if not name:
+            raise
+    pm.on_main(lambda: replace_text(file, json.dumps(dict(run=state["tag"], launch=launch))))
+    return path, state
+
+
+def check_config(config, state, path):
+    """ValueError with the fields that differ from what a checkpoint was trained with."""
+    was, now = state["config"], json.loads(json.dumps(asdict(config)))
+    if wrong := [
+        f"{k}: {was.get(k)} there, {now.get(k)} here" for k in sorted({*was, *now}) if was.get(k) != now.get(k)
+    ]:
+        raise ValueError(f"{path} is of another model: {'; '.join(wrong)}")
+
+
+def check_samples(pm, micro_batches, step):
+    """The classic silent bug: sp ranks that work on different samples."""
+    samples = [batch["samples"].tolist() for batch in micro_batches]
+    shapes = [[list(batch[name].shape) for name in ("latents", "text")] for batch in micro_batches]
+    pm.check_equal(step=step, samples=samples, shapes=shapes)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # rectified flow: x = (1 - sigma) clip + sigma noise, and the model learns the velocity noise - clip
 
 
-def shift_sigma(u, shift):
-    """Noise levels moved towards noise as resolution grows: arXiv:2403.03206, equation 23."""
-    return shift * u / (1 + (shift - 1) * u)
+def flow_loss(model, batch, guidance, group, checkpointing="none"):
+    """The sum over this rank's tokens of their mean squared error, to be divided by the global token count."""
+    config = model.config
+    inputs = {name: batch[name] for name in ("latents", "timestep", "text", "pooled")}
+    inputs["text_mask"] = text_lengths(batch["text_mask"])  # FSDP2 would take the mask to the GPU, to be fetched back
+    scale = guidance_input(guidance, len(batch["latents"]), batch["latents"].device) if config.guidance_embed else None
+    velocity = model(**inputs, guidance=scale, group=group, gather=False, checkpointing=checkpointing)
+    target = split_sequence(patchify(batch["target"], config.patch_size), group)
+    error = (velocity.to(target.dtype) - target).square().mean(2)
+    return (error * batch["weight"][:, None]).sum()
+
+
+def count_tokens(batch, patch_size):
+    """Video tokens that carry weight: what the mean is taken over."""
+    return batch["weight"].sum().item() * math.prod(batch["target"].shape[2:]) / math.prod(patch_size)
+
+
+def batch_flops(config, batch):
+    """Of the samples that carry weight, forward alone."""
+    video = math.prod(batch["target"].shape[2:]) // math.prod(config.patch_size)
+    text = batch["text_mask"].sum(1).float().mean().item()
+    return batch["weight"].sum().item() * forward_flops(config, video, text)
 
 
 def collate(items, seed, shift, caption_drop):
@@ -284,32 +343,223 @@ def collate(items, seed, shift, caption_drop):
     )
 
 
-def flow_loss(model, batch, guidance, group, checkpointing="none"):
-    """The sum over this rank's tokens of their mean squared error, to be divided by the global token count."""
-    config = model.config
-    inputs = {name: batch[name] for name in ("latents", "timestep", "text", "pooled")}
-    inputs["text_mask"] = text_lengths(batch["text_mask"])  # FSDP2 would take the mask to the GPU, to be fetched back
-    scale = guidance_input(guidance, len(batch["latents"]), batch["latents"].device) if config.guidance_embed else None
-    velocity = model(**inputs, guidance=scale, group=group, gather=False, checkpointing=checkpointing)
-    target = split_sequence(patchify(batch["target"], config.patch_size), group)
-    error = (velocity.to(target.dtype) - target).square().mean(2)
-    return (error * batch["weight"][:, None]).sum()
+def batches(data, sampler, pm, args):
+    """Batches without end; every pass over the loader is what is left of the sampler's epoch."""
+    rules = dict(seed=args.seed, shift=args.shift, caption_drop=args.caption_drop)
+    loader = DataLoader(
+        data,
+        batch_sampler=sampler,
+        collate_fn=partial(collate, **rules),
+        num_workers=args.workers,
+        pin_memory=pm.device.type == "cuda",
+        worker_init_fn=forget_signals,
+    )
+    while True:
+        yield from loader
 
 
-def guidance_input(scale, batch, device):
-    """What the model is fed for a guidance scale: the release multiplies by 1000 in bf16, so 6.0 is 6016."""
-    return torch.full((batch,), scale, dtype=torch.bfloat16, device=device).mul(1000).float()
+# --------------------------------------------------------------------------------------------------------------------
+# data: item i is (i, latents [C, T, h, w], text [L, text_dim], pooled [pooled_dim])
 
 
-def count_tokens(batch, patch_size):
-    """Video tokens that carry weight: what the mean is taken over."""
-    return batch["weight"].sum().item() * math.prod(batch["target"].shape[2:]) / math.prod(patch_size)
+def build_data(config, args):
+    if args.data:
+        return Folder(config, args.data)
+    if args.config == "tiny":
+        return Shapes(config)
+    return RandomLatents(config, latent_shape(config, args.height, args.width, args.frames))
+
+
+class Folder:
+    """One .safetensors a sample: latents [C, T, h, w] (already times the VAE's 0.476986), text [L, 4096], pooled [768]."""
+
+    def __init__(self, config, folder):
+        self.files = sorted(Path(folder).glob("*.safetensors"))
+        if not self.files:
+            raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
+        self.shapes = []
+        for file in self.files:
+            with open_safetensors(file) as handle:
+                shapes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}
+            latents = shapes.get("latents", [])
+            fits = len(latents) == 4 and latents[0] == config.out_channels and text_fits(shapes, config)
+            if not fits or any(n < 1 or n % p for n, p in zip(latents[1:], config.patch_size)):
+                raise ValueError(
+                    f"{file} holds {shapes}, expected latents [{config.out_channels}, T, h, w] with h, w even, "
+                    f"text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
+                )
+            self.shapes.append(tuple(latents))
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        with open_safetensors(self.files[i]) as handle:
+            return i, *(handle.get_tensor(name).float() for name in ("latents", "text", "pooled"))
+
+
+class RandomLatents:
+    """Noise of the right shape, and texts of 60 tokens: what a benchmark needs."""
+
+    shapes = None
+
+    def __init__(self, config, shape, length=64):
+        self.config, self.shape, self.length = config, shape, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        draw, config = partial(torch.randn, generator=seeded("random", int(i))), self.config
+        return i, draw(self.shape), draw(60, config.text_dim), draw(config.pooled_dim)
+
+
+class Shapes:
+    """Clips of coloured shapes that move, with captions of five or six words: a toy that a tiny model learns in minutes.
+
+    Its `draw` makes the clip of a caption, and `measure` reads a clip's colour and direction from the pixels.
+    """
+
+    CLIP_SHAPE = (3, 4, 12, 12)
+    COLOURS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1), yellow=(1, 1, 0), purple=(1, 0, 1), cyan=(0, 1, 1))
+    SHAPES = ("square", "circle", "cross")
+    DIRECTIONS = dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0))
+    shapes = None
+
+    def __init__(self, config, length=4096):
+        self.config, self.length = config, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        generator, captions = seeded("clip", int(i)), self.captions()
+        caption = captions[i % len(captions)]
+        if torch.rand((), generator=generator) < 0.3:
+            caption = caption.replace("a ", "a small ", 1)
+        return i, self.draw(caption, generator), *self.embed(caption, self.config)
+
+    @classmethod
+    def captions(cls):
+        return [f"a {c} {s} moves {d}" for c in cls.COLOURS for s in cls.SHAPES for d in cls.DIRECTIONS]
+
+    @staticmethod
+    def embed(prompt, config):
+        """A fixed text embedder: a word is a random vector that only depends on its letters. For the two text encoders.
+
+        prompt -> text [words, text_dim], pooled [pooled_dim]. No words give one token of zeros, as a dropped caption does.
+        """
+        words, dims = prompt.lower().split(), (config.text_dim, config.pooled_dim)
+        if not words:
+            return torch.zeros(1, config.text_dim), torch.zeros(config.pooled_dim)
+        vectors = [torch.randn(sum(dims), generator=seeded("word", word)) for word in words]
+        text, pooled = torch.stack(vectors).split(dims, 1)
+        return text, pooled.sum(0) / math.sqrt(len(words))
+
+    @classmethod
+    def draw(cls, caption, generator):
+        """The clip that a caption describes, [3, 4, 12, 12] in -1..1, at a random place: 2 pixels a frame."""
+        _, frames, size, _ = cls.CLIP_SHAPE
+        words = caption.split()
+        colour = next(cls.COLOURS[w] for w in words if w in cls.COLOURS)
+        direction = next(cls.DIRECTIONS[w] for w in words if w in cls.DIRECTIONS)
+        radius, way = (1 if "small" in words else 2), 2 * (frames - 1)
+        spans = [(radius + way * (d < 0), size - 1 - radius - way * (d > 0)) for d in direction]
+        start = [int(torch.randint(low, high + 1, (), generator=generator)) for low, high in spans]
+        y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+        clip = torch.full((3, frames, size, size), -1.0)
+        for t in range(frames):
+            dy, dx = [(axis - s - 2 * t * d).abs() for axis, s, d in zip((y, x), start, direction)]
+            inside = torch.maximum(dy, dx) <= radius
+            if "circle" in words:
+                inside = dy**2 + dx**2 <= radius**2 + 1
+            if "cross" in words:
+                inside &= torch.minimum(dy, dx) <= radius // 3
+            clip[:, t] = torch.where(inside, torch.tensor(colour)[:, None, None] * 2.0 - 1, clip[:, t])
+        return clip
+
+    @classmethod
+    def measure(cls, clip):
+        """(colour, direction) of what moves in the pixels: the nearest colour, and where its centre goes."""
+        light = (clip.float().clamp(-1, 1) + 1) / 2
+        solid = (light.amax(0) > 0.5).float()  # [T, h, w]
+        rgb = (light * solid).sum((1, 2, 3)) / solid.sum().clamp(min=1)
+        colour = min(cls.COLOURS, key=lambda name: (rgb - torch.tensor(cls.COLOURS[name])).square().sum())
+        mass = solid.sum((1, 2)).clamp(min=1)
+        y = (solid.sum(2) * torch.arange(clip.shape[2])).sum(1) / mass
+        x = (solid.sum(1) * torch.arange(clip.shape[3])).sum(1) / mass
+        moved = (y[-1] - y[0], x[-1] - x[0])
+        return colour, max(cls.DIRECTIONS, key=lambda name: sum(a * b for a, b in zip(cls.DIRECTIONS[name], moved)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # what the user sees
 
-PEAK_TFLOPS = dict(A100=312, H100=989, H200=989, B200=2250)  # dense bf16, by the vendor's datasheets
+
+class Progress:
+    """One line that updates in place, one JSON line a step in log.jsonl, and a curve at the end. Only rank 0 speaks."""
+
+    def __init__(self, pm, model, data, batch_size, args, start):
+        self.pm, self.args, self.losses, self.skipped = pm, args, [], 0
+        if pm.is_main:
+            nothing = f" of {args.steps}: nothing to do" if start >= args.steps else ""
+            print(
+                f"{sum(p.numel() for p in model.parameters()):,} parameters on {pm.world_size} x {pm.device.type} = "
+                f"dp {pm.dp_size} x sp {pm.sp_size}, {len(data)} samples, global batch {batch_size}, from step {start}{nothing}",
+                flush=True,
+            )
+            path = Path(args.out) / "log.jsonl"
+            lines = path.read_text().splitlines(True) if start and path.exists() else []
+            # steps after the one resumed from are taken again
+            replace_text(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= start))
+            self.log = open(path, "a")
+
+    def step(self, step, loss, norm, lr, clock, skipped):
+        self.losses.append(loss)
+        self.skipped += skipped
+        if not self.pm.is_main:
+            return
+        speed, steps, seconds = clock.rates(), self.args.steps, clock.seconds[-1]
+        self.log.write(json.dumps(dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped) | speed) + "\n")
+        self.log.flush()
+        recent = [loss for loss in self.losses if math.isfinite(loss)][-20:] or [math.nan]
+        left = (steps - step) * sum(clock.seconds) / len(self.losses)
+        mfu = f" · MFU {100 * speed['mfu']:.1f} %" if "mfu" in speed else ""
+        line = (
+            f"step {step}/{steps}{' skipped' if skipped else ''} · loss {sum(recent) / len(recent):.4f} · "
+            f"grad norm {norm:.2f} · {seconds:.2f} s/step · {speed['tokens_per_s']} tokens/s{mfu} · "
+            f"{speed['peak_gib']:.1f} GiB · {left // 60:.0f}:{left % 60:02.0f} left"
+        )
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="\n" if step == steps else "", flush=True)
+        elif step % max(1, steps // 20) == 0 or step == steps or len(self.losses) == 1:
+            print(line, flush=True)
+
+    def end(self, clock, step, saved):
+        """The curve, the speed as one JSON line, and what was saved. ValueError if nothing was learned."""
+        if self.skipped == len(self.losses) > 0:
+            raise ValueError(f"none of {self.skipped} steps had a finite loss and gradient: nothing was learned")
+        if not self.pm.is_main:
+            return
+        if self.losses:
+            print(curve([loss for loss in self.losses if math.isfinite(loss)] or [0.0]))
+            print(json.dumps(clock.report() | dict(skipped=self.skipped)), flush=True)
+        why = ", stopped by a signal" if step < self.args.steps else ""
+        print(f"saved {self.args.out}/step-{saved}{why}" if saved else f"nothing saved{why}", flush=True)
+        if saved and not self.args.data and self.args.config == "tiny":
+            print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
+
+
+def curve(values, columns=64, rows=8):
+    """A small plot in the terminal: each column the mean of its share of the values."""
+    columns = min(columns, len(values))
+    edges = [len(values) * i // columns for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
+    low, high = min(means), max(means)
+    heights = [(v - low) / ((high - low) or 1) * (8 * rows - 1) + 1 for v in means]
+    lines = ["".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, round(h - 8 * row)))] for h in heights) for row in reversed(range(rows))]
+    labels = [f"{high:.4f}", *[""] * (rows - 2), f"{low:.4f}"]
+    return "\n".join(f"{label:>10} │{line}" for label, line in zip(labels, lines)) + f"\n{'loss':>10} └{'─' * columns}"
 
 
 def replace_text(path, text):
@@ -322,41 +572,67 @@ def replace_text(path, text):
     os.replace(temporary, path)
 
 
-def rates(pm, seconds, tokens, flops):
-    """Of one step over all ranks; tflops and the share of a known GPU's peak are per rank, memory is rank 0's."""
-    tflops = flops / seconds / 1e12 / pm.world_size
-    report = dict(s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds), tflops_per_rank=round(tflops, 4))
-    if pm.device.type != "cuda":
-        return report | dict(peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
-    name = torch.cuda.get_device_name(pm.device)
-    peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None)
-    mfu = dict(mfu=round(tflops / peak, 4)) if peak else {}
-    memory = dict(peak_gib=torch.cuda.max_memory_allocated(), resident_gib=torch.cuda.memory_allocated())
-    return report | mfu | {name: round(value / 2**30, 2) for name, value in memory.items()}
+class Clock:
+    """Seconds, tokens and FLOPs of each step; the last one may run under torch's profiler, and then does not count.
 
+    path: where the profiler's Chrome traces go, PATH-RANK.json.gz, if anywhere. wait: until the GPU is done, before and
+    after a step; training does so by itself, when it asks for the loss.
+    """
 
-class Profile:
-    """One step under torch's profiler: for `path` a Chrome trace; and how its time on the GPU was shared."""
+    PEAK_TFLOPS = dict(A100=312, H100=989, H200=989, B200=2250)  # dense bf16, by the vendor's datasheets
 
-    def __init__(self, pm, path=None):
-        self.pm, self.path, self.shares = pm, path, {}
-        gpu = [ProfilerActivity.CUDA] * (pm.device.type == "cuda")
-        self.profiler = (
-            profile(activities=gpu + [ProfilerActivity.CPU] * bool(path), acc_events=True) if gpu or path else None
-        )
+    def __init__(self, pm, steps, path=None, profiled=False, wait=False):
+        self.pm, self.steps, self.path, self.wait = pm, steps, path, wait and pm.device.type == "cuda"
+        self.seconds, self.work, self.shares = [], [], {}
+        gpu, self.profiler = [ProfilerActivity.CUDA] * (pm.device.type == "cuda"), None
+        if profiled and (gpu or path):
+            self.profiler = profile(activities=gpu + [ProfilerActivity.CPU] * bool(path), acc_events=True)
 
     def start(self):
-        if self.profiler:
+        """A step begins."""
+        if self.profiler and len(self.seconds) == self.steps - 1:
             self.profiler.start()
+        self.began = self.now()
 
-    def stop(self):
-        if not self.profiler:
-            return
-        self.profiler.stop()
-        kernels = [e for e in self.profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-        self.shares = shares([(e.time_range.start, e.time_range.end, "nccl" in e.name.lower()) for e in kernels])
-        if self.path:
-            self.profiler.export_chrome_trace(f"{self.path}-{self.pm.rank}.json.gz")
+    def now(self):
+        if self.wait:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def stop(self, tokens, flops):
+        """A step of so many tokens and FLOPs, over all ranks, is over."""
+        self.seconds.append(self.now() - self.began)
+        self.work.append((tokens, flops))
+        if self.profiler and len(self.seconds) == self.steps:
+            self.profiler.stop()
+            events = [
+                e for e in self.profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation
+            ]
+            self.shares = shares([(e.time_range.start, e.time_range.end, "nccl" in e.name.lower()) for e in events])
+            if self.path:
+                self.profiler.export_chrome_trace(f"{self.path}-{self.pm.rank}.json.gz")
+
+    def rates(self, step=-1):
+        """Of one step over all ranks; tflops and the share of a known GPU's peak are per rank, memory is rank 0's."""
+        seconds, (tokens, flops), cuda = self.seconds[step], self.work[step], self.pm.device.type == "cuda"
+        tflops = flops / seconds / 1e12 / self.pm.world_size
+        told = dict(
+            s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds), tflops_per_rank=round(tflops, 4)
+        )
+        if not cuda:
+            return told | dict(peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
+        name = torch.cuda.get_device_name(self.pm.device)
+        if peak := next((peak for gpu, peak in self.PEAK_TFLOPS.items() if gpu in name), None):
+            told |= dict(mfu=round(tflops / peak, 4))
+        memory = dict(peak_gib=torch.cuda.max_memory_allocated(), resident_gib=torch.cuda.memory_allocated())
+        return told | {name: round(value / 2**30, 2) for name, value in memory.items()}
+
+    def report(self):
+        """Of the median step. The first two compile, allocate, and in training multiply zeros, as blocks begin as identities."""
+        whole = len(self.seconds) - bool(self.profiler and len(self.seconds) == self.steps > 1)
+        timed = range(2, whole) or range(whole)[-1:]
+        median = sorted(timed, key=lambda step: self.seconds[step])[len(timed) // 2]
+        return self.rates(median) | dict(timed_steps=max(0, whole - 2)) | self.shares
 
 
 def shares(spans):
@@ -376,281 +652,8 @@ def shares(spans):
     return {name: round(part / sum(totals.values()), 4) for name, part in named.items()}
 
 
-class Progress:
-    """One line that updates in place, one JSON line a step in log.jsonl, and a curve at the end. Only rank 0 speaks."""
-
-    def __init__(self, pm, out, steps, resumed):
-        self.pm, self.steps, self.losses, self.seconds, self.skipped = pm, steps, [], [], 0
-        if pm.is_main:  # steps after the one resumed from are taken again
-            path = Path(out) / "log.jsonl"
-            lines = path.read_text().splitlines(True) if resumed and path.exists() else []
-            replace_text(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= resumed))
-            self.log = open(path, "a")
-        self.started = self.last = time.perf_counter()
-
-    def step(self, step, loss, norm, lr, tokens, flops, skipped):
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        self.losses.append(loss)
-        self.seconds.append((seconds, tokens, flops))
-        self.skipped += skipped
-        if not self.pm.is_main:
-            return
-        speed = rates(self.pm, seconds, tokens, flops)
-        self.log.write(json.dumps(dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped) | speed) + "\n")
-        self.log.flush()
-        recent = [loss for loss in self.losses if math.isfinite(loss)][-20:] or [math.nan]
-        left = (self.steps - step) * (now - self.started) / len(self.losses)
-        mfu = f" · MFU {100 * speed['mfu']:.1f} %" if "mfu" in speed else ""
-        line = (
-            f"step {step}/{self.steps}{' skipped' if skipped else ''} · loss {sum(recent) / len(recent):.4f} · grad norm {norm:.2f} · "
-            f"{seconds:.2f} s/step · {speed['tokens_per_s']} tokens/s{mfu} · {speed['peak_gib']:.1f} GiB · "
-            f"{left // 60:.0f}:{left % 60:02.0f} left"
-        )
-        if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end="\n" if step == self.steps else "", flush=True)
-        elif step % max(1, self.steps // 20) == 0 or step == self.steps or len(self.losses) == 1:
-            print(line, flush=True)
-
-    def end(self, looked):
-        if not self.pm.is_main or not self.losses:
-            return
-        print(curve([loss for loss in self.losses if math.isfinite(loss)] or [0.0]))
-        timed = self.seconds[:-1] or self.seconds if looked else self.seconds
-        # the first steps compile and allocate; and their backward multiplies zeros, since blocks begin as the identity
-        warm = timed[2:] or timed[-1:]
-        speed = rates(self.pm, *sorted(warm)[len(warm) // 2])  # the median step
-        speed["timed_steps"] = len(timed[2:])
-        print(json.dumps(speed | (looked.shares if looked else {}) | dict(skipped=self.skipped)), flush=True)
-
-
-def curve(values, columns=64, rows=8):
-    """A small plot in the terminal: each column the mean of its share of the values."""
-    columns = min(columns, len(values))
-    edges = [len(values) * i // columns for i in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
-    low, high = min(means), max(means)
-    heights = [(v - low) / ((high - low) or 1) * (8 * rows - 1) + 1 for v in means]
-    lines = ["".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, round(h - 8 * row)))] for h in heights) for row in reversed(range(rows))]
-    labels = [f"{high:.4f}", *[""] * (rows - 2), f"{low:.4f}"]
-    return "\n".join(f"{label:>10} │{line}" for label, line in zip(labels, lines)) + f"\n{'loss':>10} └{'─' * columns}"
-
-
 # --------------------------------------------------------------------------------------------------------------------
-# the story
-
-
-def find_start(pm, args):
-    """(path, manifest) of the checkpoint to go on from, (None, {"run": ..}) for a new run. Equal on all ranks.
-
-    run.json names the run under way in --out, and its launch: a job that torchrun restarts goes on with its own newest
-    checkpoint, never with one that an older run left in the same folder.
-    """
-    file = Path(args.out) / "run.json"
-    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    launch = f"process {os.getppid()}" if launch == "none" else launch
-
-    def known():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and file.exists():
-            last = json.loads(file.read_text())
-            return last["run"] if last["launch"] == launch else None
-
-    run = pm.on_main(known)
-    try:
-        start = pm.find(args.out, run) if run or args.resume else (None, dict(run=None))
-    except FileNotFoundError:
-        if not run:
-            raise
-        start = None, dict(run=run)
-    run = start[1].get("run") or pm.on_main(lambda: f"{time.time():.6f}")
-    pm.on_main(lambda: replace_text(file, json.dumps(dict(run=run, launch=launch))))
-    return start[0], start[1] | dict(run=run)
-
-
-def check_config(config, state, path):
-    """ValueError with the fields that differ from what a checkpoint was trained with."""
-    was, now = state["config"], json.loads(json.dumps(asdict(config)))
-    if wrong := [
-        f"{k}: {was.get(k)} there, {now.get(k)} here" for k in sorted({*was, *now}) if was.get(k) != now.get(k)
-    ]:
-        raise ValueError(f"{path} is of another model: {'; '.join(wrong)}")
-
-
-def compute_dtype(args, device):
-    return getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-
-
-def build_model(config, pm, args, path=None):
-    """On the meta device first: no rank ever holds all weights. path: the checkpoint that they come from."""
-    with torch.device("meta"):
-        model = HunyuanVideo(config, args.attention)
-    dtype = compute_dtype(args, pm.device)
-    param_dtype = None if dtype == torch.float32 else dtype
-    pm.shard(model, model.blocks, param_dtype, args.shard_size, not args.no_reshard)
-    if args.weights and not path:
-        load_weights(model, args.weights)
-    elif not path:
-        init_weights(model, args.seed)
-    if args.compile:
-        model.compile_blocks()
-    pm.optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=True
-    )
-    if path:
-        pm.load(path)
-    return model
-
-
-def build_data(config, args):
-    if args.data:
-        return Folder(config, args.data)
-    if args.config == "tiny":
-        return Shapes(config)
-    return RandomLatents(config, args.height, args.width, args.frames, args.text_tokens)
-
-
-def learning_rate(step, args):
-    """Linear warm-up, then a cosine to a tenth at the last step."""
-    done = min(1.0, max(0, step - args.warmup) / max(1, args.steps - args.warmup))
-    return args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * (0.55 + 0.45 * math.cos(math.pi * done))
-
-
-def check_flags(args, names, low, high=math.inf):
-    """ValueError for the first of the flags whose value is outside low .. high."""
-    for name in names.split():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            wanted = f"at least {low}" if high == math.inf else f"in {low} .. {high}"
-            raise ValueError(f"--{name} {value} is not {wanted}")
-
-
-def get_config(args):
-    changes = {}
-    if args.blocks:
-        try:
-            changes = dict(zip(("double_depth", "single_depth"), map(int, args.blocks.split(",")), strict=True))
-            if min(changes.values()) < 0:
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"--blocks {args.blocks} is not two numbers D,S, e.g. 4,8") from None
-    config = HunyuanConfig.preset(args.config, **changes)
-    if (args.sp or 1) > config.num_heads:
-        raise ValueError(f"sequence_parallel_size {args.sp} is more than the {config.num_heads} heads")
-    return config
-
-
-def train(args):
-    check_flags(args, "steps batch accumulation max_skipped check_every text_tokens", 1)
-    check_flags(args, "warmup save_every keep workers", 0)
-    check_flags(args, "lr clip shift timeout", 1e-9)
-    check_flags(args, "caption_drop", 0.0, 1.0)
-    config = get_config(args)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
-        torch.use_deterministic_algorithms(True)
-    data = build_data(config, args)
-    pm = ParallelManager(args.dp, args.sp, args.device, args.timeout)
-    batch_size = args.batch or (16 if args.config == "tiny" else pm.dp_size)
-    sampler = DPSPBatchSampler(
-        len(data), batch_size, pm.dp_rank, pm.dp_size, args.accumulation, args.seed, shapes=data.shapes
-    )
-    rules = dict(seed=args.seed, shift=args.shift, caption_drop=args.caption_drop)
-    pinned = pm.device.type == "cuda"
-    loader = DataLoader(
-        data,
-        batch_sampler=sampler,
-        collate_fn=partial(collate, **rules),
-        num_workers=args.workers,
-        pin_memory=pinned,
-        worker_init_fn=forget_signals,
-    )
-    asked = catch_signals()
-
-    path, state = find_start(pm, args)
-    if path:
-        check_config(config, state, path)
-        sampler.load_state_dict(state["sampler"])
-    model, step, skipped = build_model(config, pm, args, path), state.get("step", 0), 0
-    if pm.is_main:
-        print(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters on {pm.world_size} x {pm.device.type} = "
-            f"dp {pm.dp_size} x sp {pm.sp_size}, {len(data)} samples, global batch {batch_size}, from step {step}"
-            + (f" of {args.steps}: nothing to do" if step >= args.steps else ""),
-            flush=True,
-        )
-
-    def batches():  # every pass over the loader is what is left of the sampler's epoch
-        while True:
-            yield from loader
-
-    big = isinstance(data, RandomLatents)
-    stream, progress, saved = batches(), Progress(pm, args.out, args.steps, step), step
-    extra = dict(run=state["run"], config=asdict(config), args=vars(args), layout=[pm.dp_size, pm.sp_size])
-    # a benchmark looks into its last step, which then does not count
-    looked = Profile(pm, args.profile and f"{args.out}/trace") if args.profile or big else None
-    while step < args.steps:
-        if looked and step == args.steps - 1:
-            looked.start()
-        micro_batches = [next(stream) for _ in range(args.accumulation)]
-        count = pm.sum(sum(count_tokens(b, config.patch_size) for b in micro_batches), pm.dp_group).item()
-        flops = sum(b["weight"].sum().item() * _flops(config, b) for b in micro_batches)
-        local = torch.zeros((), device=pm.device)
-        for n, batch in enumerate(micro_batches):
-            # the mask stays on the CPU: its lengths are then known without waiting for the GPU
-            batch = {k: v if k == "text_mask" else v.to(pm.device, non_blocking=True) for k, v in batch.items()}
-            loss = flow_loss(model, batch, args.guidance, pm.sp_group, args.checkpointing) / count
-            # the gradient rule: the sum over ranks of these is the mean over all tokens of the step
-            pm.backward(loss, last=n == args.accumulation - 1)
-            local += loss.detach()
-        norm = pm.clip_grad_norm(args.clip)
-        flags = torch.tensor([asked["save"], asked["stop"], pm.save_ready()]).to(local)
-        total, save, stop, ready = pm.sum(torch.cat((local[None], flags))).tolist()
-        finite, lr = math.isfinite(total) and math.isfinite(norm), learning_rate(step, args)
-        for group in pm.optimizer.param_groups:
-            group["lr"] = lr
-        pm.step(skip=not finite)  # norm and loss are sums over all ranks: all skip, or none
-        skipped = 0 if finite else skipped + 1
-        if step < 3 or step % args.check_every == 0:
-            seen = [b["samples"].tolist() for b in micro_batches]
-            shapes = [list(b["latents"].shape) for b in micro_batches]
-            pm.check_equal(step=step, samples=seen, shapes=shapes, norm=str(norm))
-        sampler.advance()
-        step += 1
-        asked["save"] &= not save
-        total_flops = 3 * pm.sum(flops, pm.dp_group).item()
-        if looked and step == args.steps:
-            looked.stop()
-        progress.step(step, total, norm, lr, tokens=count, flops=total_flops, skipped=not finite)
-        if skipped >= args.max_skipped:
-            raise ValueError(
-                f"{skipped} steps in a row, the last one {step}, had no finite loss and gradient (loss {total}, norm {norm}): "
-                f"the last checkpoint is {f'{args.out}/step-{saved}' if saved else 'none'}"
-            )
-        if ready == pm.world_size:
-            pm.finish_save()
-        due = step == args.steps or (args.save_every and step % args.save_every == 0)
-        if not args.no_save and (due or save or stop):
-            pm.save(args.out, step, extra | dict(sampler=sampler.state_dict()), args.keep)
-            saved = step
-        if stop:
-            break
-    pm.finish_save()
-    if progress.skipped == len(progress.losses) > 0:
-        raise ValueError(f"none of {progress.skipped} steps had a finite loss and gradient: nothing was learned")
-    progress.end(looked)
-    if pm.is_main:
-        why = ", stopped by a signal" if step < args.steps else ""
-        print(f"saved {args.out}/step-{saved}{why}" if saved else f"nothing saved{why}", flush=True)
-        if saved and not args.data and args.config == "tiny":
-            print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
-    return pm
-
-
-def forget_signals(_):
-    """In a process that loads data: a signal is the training's, and so are the connections that its handler uses."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+# signals
 
 
 def catch_signals():
@@ -667,32 +670,12 @@ def catch_signals():
     return asked
 
 
-def _flops(config, batch):
-    video = math.prod(batch["target"].shape[2:]) // math.prod(config.patch_size)
-    return forward_flops(config, video, batch["text_mask"].sum(1).float().mean().item())
-
-
-def run(main, args):
-    """What can go wrong for a user is one sentence and status 1, on every rank, and in the last lines of torchrun."""
-    try:
-        main(args).close()
-    except (ValueError, OSError, RuntimeError) as error:
-        told = str(error).strip() or type(error).__name__
-        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk does not say where
-            told = f"{args.out if main is train else args.output}: {told}"
-        if isinstance(error, RuntimeError):
-            if not re.search(r"timed? ?out|connection|peer|nccl|gloo", told, re.I) or not dist.is_initialized():
-                raise
-            silent = silent_ranks()
-            told = f"rank {', '.join(map(str, silent)) or 'unknown'} does not answer ({told.splitlines()[0][:200]})"
-        if args.debug:
-            traceback.print_exc()
-        print(f"error: {told}", file=sys.stderr, flush=True)
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows as the cause
-            extra = dict(py_callstack=told, timestamp=str(int(time.time())))
-            Path(file).write_text(json.dumps(dict(message=dict(message=told, extraInfo=extra))))
-        os._exit(1)  # waiting for other ranks here would hang
+def forget_signals(_):
+    """In a process that loads data: a signal is the training's, and so are the connections that its handler uses."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":
-    run(train, parse())
+    args = parse()
+    run(partial(train, args), args.out, args.debug)
