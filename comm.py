@@ -545,7 +545,7 @@ def run(main, folder, debug=False):
             told = _sentence(error).partition(": ")[2]
         if debug:
             traceback.print_exc()
-        print(f"error: {told}", file=sys.stderr, flush=True)
+        print(f"error: {told}\n", end="", file=sys.stderr, flush=True)  # in one piece, as other ranks print beside it
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             extra = dict(py_callstack=told, timestamp=str(int(time.time())))
             Path(file).write_text(json.dumps(dict(message=dict(message=told, extraInfo=extra))))
@@ -574,6 +574,7 @@ def _say_and_wait(word, seconds):
         while others and time.monotonic() < until:
             time.sleep(0.02)
             others = {rank for rank in others if not store.check([_key(word, rank)])}
+        time.sleep(0.1)  # where the store is rank 0's, the others have yet to look
         return sorted(others)
     except dist.DistError:  # without torchrun the store is rank 0's, and gone with it
         return [0]
