@@ -864,6 +864,11 @@ def open_safetensors(file):
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
 
 
+def shapes_in(handle):
+    """{name: shape} of an open safetensors file."""
+    return {name: handle.get_slice(name).get_shape() for name in handle.keys()}
+
+
 def text_fits(shapes, config):
     """Whether {name: shape} has text [L, text_dim], L > 0, and pooled [pooled_dim]."""
     text = shapes.get("text", [])
@@ -873,7 +878,7 @@ def text_fits(shapes, config):
 def read_text(file, config):
     """text [L, text_dim] and pooled [pooled_dim] of a safetensors file; ValueError where it has others."""
     with open_safetensors(file) as handle:
-        shapes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}
+        shapes = shapes_in(handle)
         if not text_fits(shapes, config):
             raise ValueError(
                 f"{file} holds {shapes}, expected text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"

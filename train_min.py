@@ -38,6 +38,7 @@ from hunyuan_sp import (
     load_weights,
     open_safetensors,
     patchify,
+    shapes_in,
     shift_sigma,
     text_fits,
     text_lengths,
@@ -380,7 +381,7 @@ class Folder:
         self.shapes = []
         for file in self.files:
             with open_safetensors(file) as handle:
-                shapes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}
+                shapes = shapes_in(handle)
             latents = shapes.get("latents", [])
             fits = len(latents) == 4 and latents[0] == config.out_channels and text_fits(shapes, config)
             if not fits or any(n < 1 or n % p for n, p in zip(latents[1:], config.patch_size)):
