@@ -118,11 +118,11 @@ def _shapes(shape, dim, sizes):
 
 def _cut(x, dim, shapes):
     """x as a flat buffer in which its pieces along dim lie one after another; not copied where they do so already."""
-    # where nothing comes before dim; and of nothing, by which the fast path on GPUs would divide (torch 2.11)
-    if math.prod(x.shape[:dim]) == 1 or x.numel() == 0:
+    if math.prod(x.shape[:dim]) == 1:
         return x.contiguous().flatten()
     buffer = x.new_empty(x.numel())
-    torch.split_with_sizes_copy(x, [shape[dim] for shape in shapes], dim, out=_pieces(buffer, shapes))
+    for piece, part in zip(_pieces(buffer, shapes), x.split([shape[dim] for shape in shapes], dim)):
+        piece.copy_(part)
     return buffer
 
 

@@ -104,6 +104,12 @@ def random_inputs(config, latents, lengths, device="cpu", seed=1):
     return inputs | dict(text_mask=torch.arange(length) < torch.tensor(lengths)[:, None])
 
 
+def sums(pm, tensors, group):
+    """Each one's sum over the ranks of `group`, in one collective."""
+    whole = pm.sum(torch.cat([t.flatten() for t in tensors]), group)
+    return [part.view(t.shape) for part, t in zip(whole.split([t.numel() for t in tensors]), tensors)]
+
+
 def golden_frequencies():
     """The fixture's 128 time frequencies, bit for bit. Another CPU's float32 exp rounds two of them the other way, and at
     t = 6016 that moves the output by 2e-4: a property of the model, seen with every implementation."""
@@ -259,14 +265,14 @@ def check_gradients(pm, folder):
         patches = model(**inputs, group=pm.sp_group, gather=False, checkpointing=checkpointing)
         close(gather_sequence(patches, pm.sp_group, patchify(truth, (1, 2, 2)).shape[1]), patchify(truth, (1, 2, 2)))
         local = split_sequence(patchify(sum(cotangents), (1, 2, 2)), pm.sp_group)
-        for g, t in zip(torch.autograd.grad(patches, wanted, local), true_grads):
-            close(pm.sum(g, pm.sp_group), t)
+        for g, t in zip(sums(pm, torch.autograd.grad(patches, wanted, local), pm.sp_group), true_grads):
+            close(g, t)
 
         # gathered: every rank has the whole output, and here a loss of its own
         out = model(**inputs, group=pm.sp_group, checkpointing=checkpointing)
         close(out, truth)
-        for g, t in zip(torch.autograd.grad(out, wanted, cotangents[pm.sp_rank]), true_grads):
-            close(pm.sum(g, pm.sp_group), t)
+        for g, t in zip(sums(pm, torch.autograd.grad(out, wanted, cotangents[pm.sp_rank]), pm.sp_group), true_grads):
+            close(g, t)
 
 
 class SplitThenGather(torch.autograd.Function):
@@ -469,8 +475,9 @@ def check_golden(pm, folder):
             if case == "a":
                 mine = out * (pm.sp_rank == 0)  # the gathered output is on every rank: count it once
                 mine.backward(io["a.cotangent"].to(out))
-    for name, param in model.named_parameters():
-        grad = pm.sum(param.grad, pm.sp_group).cpu().flatten()
+    summed = sums(pm, [param.grad for param in model.parameters()], pm.sp_group)
+    for (name, _), grad in zip(model.named_parameters(), summed):
+        grad = grad.cpu().flatten()
         digest = torch.stack([grad.sum(), grad.norm(), (grad * torch.arange(len(grad)).double().cos()).sum()])
         close(digest, grads[f"digest.{name}"], 1e-10 if same else 1e-6)
         if f"param.{name}" in grads:
@@ -488,7 +495,7 @@ class Ragged:
         return i, draw(4, 2, 4, 6), draw(1 + i % 4, CONFIG.text_dim), draw(CONFIG.pooled_dim)
 
 
-def check_three_steps(pm, folder, steps=8):
+def check_three_steps(pm, folder, steps=5):
     """AdamW, clipping and accumulation under FSDP2 and HSDP: equal to one device on the whole batch, weight by weight,
     after 3 steps at every setting and after `steps` at the first."""
     config = replace(CONFIG, in_channels=4)
@@ -505,7 +512,12 @@ def check_three_steps(pm, folder, steps=8):
         return 1e-2 / (step + 1)
 
     truth = random_model(config, pm.device)
-    optimizer, stream, losses, norms = torch.optim.AdamW(truth.parameters(), weight_decay=0.1), batches(0, 1, 1), [], []
+    optimizer, stream, losses, norms = (
+        torch.optim.AdamW(truth.parameters(), weight_decay=0.1, fused=True),
+        batches(0, 1, 1),
+        [],
+        [],
+    )
     weights = {}
     for step in range(steps):
         (batch,) = next(stream)
@@ -527,7 +539,7 @@ def check_three_steps(pm, folder, steps=8):
         last = 2 if n else steps - 1
         model = random_model(config, pm.device)
         pm.shard(model, model.blocks, shard_size=shard_size, reshard_after_forward=reshard)
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, fused=True)
         stream = batches(pm.dp_rank, pm.dp_size, accumulation)
         for step in range(last + 1):
             micro = next(stream)
@@ -568,13 +580,13 @@ SHORT = "--steps 5 --warmup 2 --lr 1e-3 --batch 5 --accumulation 2 --caption_dro
 
 
 def check_loss_curve_and_resume(pm, folder, everyone=False):
-    """The same run on every layout. Its step 2 goes on here, and then that one's step 4; so does step 2 of the first layout
-    that ran and of the last one (or of everyone)."""
+    """The same run on every layout. Its step 2 goes on here, and then that one's step 4; so does step 2 of the layout that
+    ran before (or of everyone)."""
     own = folder / f"run-{pm.dp_size}x{pm.sp_size}"
     others = sorted((p for p in folder.glob("run-*") if p != own), key=lambda p: (p / "log.jsonl").stat().st_mtime)
     pm.together(lambda: None)  # until all have looked
     train(pm, *SHORT, "--out", str(own))
-    sources = [(p / "step-2", f"from-{p.name}") for p in (others if everyone else [*others[:1], *others[1:][-1:]])]
+    sources = [(p / "step-2", f"from-{p.name}") for p in (others if everyone else others[-1:])]
     for source, name in [*sources, (own / "step-2", "once"), (own / "once/step-4", "twice")]:
         pm.on_main(lambda source=source, name=name: shutil.copytree(source, own / name / source.name) and None)
         train(pm, *SHORT, "--out", str(own / name), "--resume")
@@ -655,7 +667,7 @@ def check_bad_input_is_refused_on_every_rank(pm, folder):
 
 
 def check_a_damaged_checkpoint_is_never_loaded(pm, folder):
-    """Each file cut by a byte, halved, emptied, flipped at three places, deleted, swapped; the manifest edited."""
+    """A file cut by a byte, halved, emptied, flipped at three places, deleted, swapped; the manifest edited."""
     folder = folder / f"damage-{pm.dp_size}x{pm.sp_size}"
     model, checkpoints = random_model(CONFIG, pm.device), Checkpoints(pm, folder)
     pm.shard(model, model.blocks)
@@ -683,7 +695,8 @@ def check_a_damaged_checkpoint_is_never_loaded(pm, folder):
     for place in (0.001, 0.5, 0.999):
         damages[f"flipped at {place}"] = lambda data, other, place=place: flip(data, int(len(data) * place))
     damages["edited"] = lambda data, other: data.replace(b'"step": 2', b'"step": 7')
-    for file in pm.on_main(lambda: sorted(p.name for p in good.iterdir())):
+    files = pm.on_main(lambda: sorted(p.name for p in good.iterdir()))
+    for file in files[:2] + files[-1:]:  # the manifest, and two ranks' parts
         for name, damage in damages.items():
             if name == "edited" and file != "manifest.json":
                 continue
@@ -771,7 +784,12 @@ def check_readme_example(pm, folder):
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
-ONLY = dict(wrong_gradients="1x3", noise_is_for_benchmarks="1x2")
+ONLY = dict(  # where another layout would show nothing new
+    wrong_gradients="1x3",
+    noise_is_for_benchmarks="1x2",
+    a_damaged_checkpoint_is_never_loaded="1x2 2x2",
+    blocks_are_compiled_once="1x1 1x2 1x3",
+)
 NEEDED = {
     "loss_curve_and_resume": ["loss_curve_and_resume"],
     "sampling": ["loss_curve_and_resume", "sampling"],
@@ -803,11 +821,9 @@ def worker(rank, world, layout, checks, folder, cuda):
 
 def spawn(layout, checks, folder, cuda=False):
     """Run checks, {name: options}, on a layout; the ranks' exit codes."""
-    world, context, started = (
-        math.prod(map(int, layout.split("x"))),
-        torch.multiprocessing.get_context("spawn"),
-        time.time(),
-    )
+    world, started = math.prod(map(int, layout.split("x"))), time.time()
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_sp", "torch._dynamo"])  # imported once, not by every rank
     ranks = [context.Process(target=worker, args=(r, world, layout, checks, folder, cuda)) for r in range(world)]
     for process in ranks:
         process.start()
@@ -853,7 +869,8 @@ def ranks_of_layout(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "layout, check", [(layout, name) for layout in LAYOUTS for name in CHECKS if ONLY.get(name, layout) == layout]
+    "layout, check",
+    [(layout, name) for layout in LAYOUTS for name in CHECKS if layout in ONLY.get(name, layout).split()],
 )
 def test_on(layout, check, ranks_of_layout):
     assert_ok(layout, [check], *ranks_of_layout(layout))
@@ -1163,7 +1180,7 @@ def test_more_sizes_than_graphs():
     plain, compiled = random_model(CONFIG), random_model(CONFIG)
     with eager_compiler():
         compiled.compile_blocks()
-    for seed in range(60):
+    for seed in range(32):
         draw = random.Random(seed)
         latents, lengths = (draw.choice((1, 3)), 2, draw.choice((2, 6))), [draw.choice((1, 4))] * draw.choice((1, 2))
         inputs = random_inputs(CONFIG, latents, lengths, seed=seed)
@@ -1914,7 +1931,7 @@ def start(folder, *flags, ranks=2, script="train_min.py", agent=()):
 
 def test_kill_a_random_rank_and_go_on(tmp_path, kills=2):
     """kill -9 at random moments under --max-restarts: losses and final weights equal an undisturbed run's, bit for bit."""
-    steps, draw = 20 + 15 * kills, random.Random(kills)
+    steps, draw = 10 + 10 * kills, random.Random(kills)
     flags = ["--steps", steps, "--batch", 4, "--sp", 2, "--save_every", 2]
     (tmp_path / "calm").mkdir()
     assert start(tmp_path / "calm", *flags).wait(timeout=600) == 0
@@ -1922,7 +1939,7 @@ def test_kill_a_random_rank_and_go_on(tmp_path, kills=2):
     wait_for(lambda: list(run.glob("step-*")))
     for n in range(kills):
         # anywhere: at start, in a step, in a save; but never so late that the run might end before
-        until, due, victims = time.time() + draw.uniform(0, 8), steps_done(run) + draw.randint(1, 12), []
+        until, due, victims = time.time() + draw.uniform(0, 8), steps_done(run) + draw.randint(1, 8), []
         while len(victims) < 2 or (time.time() < until and steps_done(run) < due):
             time.sleep(0.05)
             victims = workers_of(agent)
@@ -2014,7 +2031,7 @@ def test_a_fault_ends_the_job_and_names_the_rank(fault, told, tmp_path):
     assert steps_done(tmp_path / "run") == 3
 
 
-@pytest.mark.parametrize("kills, steps", [(0, 2), (1, 30)])
+@pytest.mark.parametrize("kills, steps", [(0, 2), (1, 16)])
 def test_two_nodes(kills, steps, tmp_path):
     """Two torchrun agents meet on loopback, and the exchange crosses between them; a killed rank is restarted on both, with
     the environment variable that the README asks for."""
