@@ -19,12 +19,18 @@ gradient is the plain sum over all dp × sp ranks. There is no other factor, for
 In this order: sizes, collectives, ParallelManager; then what insures a long run, checkpoints and faults.
 """
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 import zlib
@@ -191,6 +197,8 @@ class ParallelManager:
 
     def _own_mesh(self, dp, sp, device_type):
         env = os.environ
+        if not dist.is_initialized():
+            _check_launch()
         world = dist.get_world_size() if dist.is_initialized() else int(env["WORLD_SIZE"] if "RANK" in env else 1)
         if sp is None and world % (dp or 1):
             raise ValueError(f"world size {world} is not a multiple of data_parallel_size {dp}")
@@ -223,6 +231,9 @@ class ParallelManager:
         shard_size: HSDP, shard inside groups of so many neighbouring ranks, replicate across them.
         A model on the meta device is given (uninitialised) memory for its shards only.
         """
+        kept = {name for name, _ in model.state_dict(keep_vars=True).items()}
+        if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in kept]:
+            raise ValueError(f"buffer {lost[0]} is on the meta device and in no state dict: nothing would ever fill it")
         shard_size = self.world_size if shard_size is None else shard_size
         if shard_size < 1 or self.world_size % shard_size:
             raise ValueError(f"world size {self.world_size} is not a multiple of shard_size {shard_size}")
@@ -283,19 +294,18 @@ class ParallelManager:
         """What `function` returns on rank 0, on every rank; its OSError or ValueError is raised on every rank."""
         return self.together(function if self.is_main else lambda: None)[0]
 
-    def check_equal(self, **facts):
-        """Refuse the classic silent bug, sp ranks that work on different things: ValueError names ranks and facts.
+    def check_equal(self, facts, group=None):
+        """ValueError, on all ranks of `group` (default: all), where one has another value of a fact: {name: value}.
 
-        Equal on all ranks of an sp group must be: the model's inputs, its weights, and so whatever either is made from.
+        The classic silent bugs: ranks with other flags, or sp ranks that work on different samples.
         """
-        parts, ranks = [None] * self.sp_size, dist.get_process_group_ranks(self.sp_group)
-        dist.all_gather_object(parts, facts, group=self.sp_group)
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        parts = [None] * len(ranks)
+        dist.all_gather_object(parts, facts, group=group or self.cpu_group)
         for rank, other in zip(ranks, parts):
-            if wrong := [name for name in facts if other[name] != parts[0][name]]:
-                values = f"{parts[0][wrong[0]]} and {other[wrong[0]]}"
-                raise ValueError(
-                    f"ranks {ranks[0]} and {rank} share a sample but differ in {', '.join(wrong)}: {values}"
-                )
+            if wrong := [name for name in facts if other.get(name) != parts[0].get(name)]:
+                values = " and ".join(str(part.get(wrong[0]))[:200] for part in (parts[0], other))
+                raise ValueError(f"ranks {ranks[0]} and {rank} differ in {', '.join(wrong)}: {values}")
 
     def close(self):
         """End the process, with status 0. Python's own way out crashes in gloo's threads in every second run."""
@@ -306,13 +316,24 @@ class ParallelManager:
         os._exit(0)
 
 
+def _check_launch():
+    """ValueError where other ranks would never be met: each would train alone, into the same folder."""
+    env, how = os.environ, "start this with torchrun, once on each host"
+    if "RANK" not in env:
+        for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if env.get(name, "1") != "1":
+                raise ValueError(f"{name} is {env[name]}, but there is no RANK: {how}")
+    elif missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]:
+        raise ValueError(f"RANK is {env['RANK']}, but there is no {' and no '.join(missing)}: {how}")
+
+
 def _init_process_group(backend, timeout):
     """torchrun's rendezvous, or a world of one without it (no port, no environment)."""
     env = os.environ
     if "RANK" not in env:
         return dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     store, one_node = None, env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
-    if "TORCHELASTIC_RESTART_COUNT" in env and one_node:
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and one_node:
         # a restarted job finds the addresses of its dead predecessor under the same names: pytorch issue 135712
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timeout)
         store = dist.PrefixStore(f"attempt{env['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -336,13 +357,50 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 class Checkpoints:
     """The step-N checkpoints in `folder`, saved beside training and loaded on any layout. Every rank makes each call.
 
-    Every problem with the disk is an OSError on all ranks; what was saved before stays.
+    Every problem with the disk is an OSError on all ranks; what was saved before stays. A disk that does not answer for
+    the manager's time-out is one. All ranks must see the folder, and one run at a time writes there: `claim` it first.
     """
 
     def __init__(self, manager, folder):
         self.manager, self.folder = manager, Path(folder)
         self.group = dist.new_group(backend="gloo", timeout=manager.timeout)  # saving goes on beside training
         self._written, self._complete = Future(), None
+
+    def claim(self):
+        """Keep the folder to this run for as long as rank 0 lives. ValueError where a live run has it, or a rank can't see it."""
+        file = self.folder / "lock"
+
+        def hold():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(file, "a+")  # a lock of POSIX: it ends with this process, and loaders don't inherit it
+            until = time.monotonic() + 5  # as long as a rank of a job that was killed may take to notice
+            while True:
+                try:
+                    fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except (BlockingIOError, PermissionError):
+                    if time.monotonic() > until:
+                        raise ValueError(
+                            f"{self.folder} is in use by another run, {file.read_text().strip()}"
+                        ) from None
+                time.sleep(0.1)
+            told = f"process {os.getpid()} on {socket.gethostname()} since {time.time():.6f}"
+            self._lock.truncate(0)
+            print(told, file=self._lock, flush=True)
+            return told
+
+        told = self.manager.on_main(hold)
+
+        def look():
+            until = time.monotonic() + 10
+            while not file.is_file() or file.read_text().strip() != told:
+                if time.monotonic() > until:
+                    raise ValueError(
+                        f"{file}, which rank 0 wrote, is not there: all ranks must see the same {self.folder}"
+                    )
+                time.sleep(0.1)
+
+        self.manager.together(look)
 
     def save(self, step, model, optimizer, extra, tag="", keep=0):
         """Start saving weights, optimizer and `extra` (JSON) as step-N; training may go on when this returns.
@@ -365,18 +423,29 @@ class Checkpoints:
             files = sorted(temporary.glob("*.safetensors"))[manager.rank :: manager.world_size]
             return {file.name: checksum(file) for file in files}
 
+        seconds = 0.9 * manager.timeout.total_seconds()  # sooner than the ranks that wait for this one
+
+        def wait():
+            try:
+                return self._written.result(seconds)
+            except TimeoutError:
+                raise OSError(f"the disk has not answered for {seconds:.0f} seconds") from None
+
         def complete():
             try:
-                parts = manager.together(
-                    partial(_or_oserror, f"{temporary} could not be written", self._written.result)
-                )
+                parts = manager.together(partial(_or_oserror, f"{temporary} could not be written", wait))
             except OSError:  # on a full disk it takes what the next try needs
                 manager.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
                 raise
             manager.on_main(partial(publish, {name: sums for part in parts for name, sums in part.items()}))
 
         def publish(files):
-            write_manifest(temporary, extra | dict(step=step, tag=tag, saved=time.time(), files=files))
+            if len(files) != manager.world_size:
+                raise OSError(f"{temporary} holds the parts of {len(files)} of {manager.world_size} ranks")
+            # the order is a counter's: a clock may be set back
+            serial = 1 + max([manifest["serial"] for _, manifest in manifests(self.folder) if manifest], default=0)
+            order = dict(step=step, tag=tag, serial=serial, saved=time.time())
+            write_manifest(temporary, extra | order | dict(files=files))
             if final.exists():
                 remove(final)
             os.rename(temporary, final)
@@ -421,18 +490,31 @@ class Checkpoints:
 
     def load(self, path, model, optimizer=None):
         """Load what `find` gave into the model (and the optimizer): any layout, sharded or not."""
-        tensors = _tensors(model, optimizer)
-        reader = dcp.HuggingFaceStorageReader(str(path))
-        _or_oserror(f"{path} could not be loaded", partial(dcp.load, tensors, storage_reader=reader))
+        told, reader = f"{path} could not be loaded", dcp.HuggingFaceStorageReader(str(path))
+        tensors, saved = _tensors(model, optimizer), _or_oserror(told, reader.read_metadata).state_dict_metadata
+        # a parameter that never had a gradient has no state, there or here
+        fresh = {
+            name: param
+            for name, param in (model.named_parameters() if optimizer else ())
+            if not any(key.startswith(f"optimizer.state.{name}.") for key in saved)
+        }
+        absent = tuple(f"optimizer.state.{name}." for name in fresh)
+        wanted = {key: value for key, value in tensors.items() if not key.startswith(absent)} if absent else tensors
+        _or_oserror(told, partial(dcp.load, wanted, storage_reader=reader))
         if optimizer:
             state = get_optimizer_state_dict(model, optimizer, options=FLAT)
             loaded = {name: tensors.get(f"optimizer.{name}", value) for name, value in state.items()}
             set_optimizer_state_dict(model, optimizer, loaded, options=FLAT)
+            for param in fresh.values():
+                optimizer.state.pop(param, None)
 
 
 def _tensors(model, optimizer):
     """Everything that training changes, by name; learning rate and the like belong to the command line."""
     state = get_optimizer_state_dict(model, optimizer, options=FLAT) if optimizer else {}
+    for name, value in state.items():
+        if name.startswith("state.") and not isinstance(value, torch.Tensor | None):
+            raise ValueError(f"optimizer {name} is of type {type(value).__name__}: only tensors are saved")
     named = {f"model.{name}": value for name, value in model.state_dict().items()}
     return named | {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
@@ -454,7 +536,7 @@ def manifests(folder):
             read.append((path, read_manifest(path)))
         except ValueError:
             read.append((path, None))
-    return sorted(read, key=lambda r: (r[1]["saved"] if r[1] else math.inf, int(r[0].name[5:])), reverse=True)
+    return sorted(read, key=lambda r: (r[1]["serial"] if r[1] else math.inf, int(r[0].name[5:])), reverse=True)
 
 
 def remove(checkpoint):
@@ -475,18 +557,26 @@ def write_manifest(folder, manifest):
 
 
 def read_manifest(folder):
-    """The manifest of a checkpoint; ValueError says why it is none."""
+    """The manifest of a checkpoint; ValueError says why it is none, and which other weights lie beside it."""
+    file = Path(folder) / "manifest.json"
     try:
-        manifest = json.loads((Path(folder) / "manifest.json").read_text())
+        if not file.is_file() or file.stat().st_size > 1 << 26:
+            raise ValueError("it is no file of at most 64 MiB")
+        manifest = json.loads(file.read_text())
         text = json.dumps({k: v for k, v in manifest.items() if k != "crc32"}, sort_keys=True)
         if zlib.crc32(text.encode()) != manifest["crc32"]:
             raise ValueError("its crc32 is another")
-        if any(not re.fullmatch(r"[\w.-]+\.safetensors", name) for name in manifest["files"]):
-            raise ValueError("it names files outside its folder")
-        if not {"step", "tag", "saved"} <= set(manifest):
-            raise ValueError("it lacks its step, tag or time")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest.setdefault("serial", 0)
+        if any(type(manifest.get(name)) is not kind for name, kind in (("step", int), ("tag", str), ("serial", int))):
+            raise ValueError("it lacks its step, tag or serial number")
+        if any(not re.fullmatch(r"[\w.-]+\.safetensors", name) for name in manifest["files"]) or not manifest["files"]:
+            raise ValueError("it names no files, or files outside its folder")
+        if any([type(n) for n in sums] != [int, int] for sums in manifest["files"].values()):
+            raise ValueError("a file's size and crc32 are no numbers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"manifest.json is not what was saved: {_sentence(error)}") from None
+    if foreign := sorted({path.name for path in Path(folder).glob("*.safetensors")} - set(manifest["files"])):
+        raise ValueError(f"{foreign[0]} is not in its manifest")
     return manifest
 
 
@@ -499,10 +589,23 @@ def checksum(path):
     return [size, crc]
 
 
+def fingerprint(paths):
+    """Of files that all ranks should see alike: their names and sizes, and a sample of what is in them; a hex string."""
+    digest, paths = hashlib.sha256(), [Path(path) for path in paths]
+    for path in paths:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    for path in paths[:: max(1, len(paths) // 16)]:
+        with open(path, "rb") as file:
+            for part in range(16):
+                file.seek(path.stat().st_size * part // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
 def check_files(folder, saved):
     """ValueError for a file that is not the [bytes, crc32] that was saved. Sizes are looked at before anything is read."""
     for name, (size, crc) in saved.items():
-        file = folder / name
+        file = Path(folder) / name
         if not file.is_file():
             raise ValueError(f"{name} is missing")
         if file.stat().st_size != size:
@@ -526,32 +629,95 @@ def run(main, folder, debug=False):
 
     The sentence is also the cause that torchrun shows. folder: where main writes; a full disk does not say where.
     """
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    _watch_launcher()
     try:
         main().close()
-    except (ValueError, OSError, RuntimeError) as error:
-        told, lost = str(error).strip() or type(error).__name__, False
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            told = f"{folder}: {told}"
-        if isinstance(
-            error, RuntimeError
-        ):  # of these only two kinds are known: a lost rank, and a process that loads data
-            lost = dist.is_initialized() and re.search(r"timed? ?out|connection|peer|nccl|gloo", told, re.I)
-            if not lost and not told.startswith("Caught "):
-                raise
-        if lost:
-            silent = ", ".join(map(str, silent_ranks())) or "unknown"
-            told = f"rank {silent} does not answer ({told.splitlines()[0][:200]})"
-        if told.startswith("Caught "):  # in a process that loads data: its traceback comes along
-            told = _sentence(error).partition(": ")[2]
+    except BaseException as error:  # CheckpointException, say, is no Exception
+        told, lost = _told(error, folder)
         if debug:
             traceback.print_exc()
         print(f"error: {told}\n", end="", file=sys.stderr, flush=True)  # in one piece, as other ranks print beside it
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            extra = dict(py_callstack=told, timestamp=str(int(time.time())))
-            Path(file).write_text(json.dumps(dict(message=dict(message=told, extraInfo=extra))))
+        _to_launcher(told)
         if dist.is_initialized() and not lost:
             _say_and_wait("leaving", 5.0)  # others find the same fault soon; without rank 0 they would find another one
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        if restarts and os.environ.get("LOCAL_RANK") == "0" and isinstance(error, ValueError | FileNotFoundError):
+            print(
+                f"another try would end the same: torchrun is stopped, with --max-restarts {restarts}", file=sys.stderr
+            )
+            os.kill(os.getppid(), signal.SIGTERM)
         os._exit(1)  # what other ranks wait for may never come
+
+
+def _told(error, folder):
+    """What happened, in one sentence; and whether it is that another rank is lost."""
+    told = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    if isinstance(error, OSError):
+        if error.errno and not error.filename:
+            full = shutil.disk_usage("/dev/shm").free < 1 << 20 if os.path.isdir("/dev/shm") else False
+            told = f"{'/dev/shm' if full else folder}: {told}"
+        return told, False
+    if isinstance(error, ValueError):
+        return told, False
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped from the keyboard", False
+    if str(error).startswith("Caught "):  # in a process that loads data: its traceback comes along
+        return f"loading data: {_sentence(error).partition(': ')[2]}{_about_memory(str(error))}", False
+    if told.startswith("DataLoader"):
+        return f"loading data: {told}{_about_memory(told)}", False
+    if dist.is_initialized() and re.search(r"timed? ?out|connection|peer|nccl|gloo", told, re.I):
+        silent = ", ".join(map(str, silent_ranks())) or "unknown"
+        return f"rank {silent} does not answer ({told[:200]})", True
+    return f"{type(error).__name__}: {told} (--debug shows where)", False
+
+
+def _about_memory(told):
+    shared = re.search(r"shared memory|/torch_|Bus error|shm", told)
+    return " (/dev/shm is too small: docker run --shm-size=8g, or --workers 0)" if shared else ""
+
+
+def _to_launcher(told):
+    """The cause that torchrun shows."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = dict(py_callstack=told, timestamp=str(int(time.time())))
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps(dict(message=dict(message=told, extraInfo=extra))))
+
+
+class Screen:
+    """A stream that never ends a run: what it can't encode is replaced, and once it is closed nothing is printed."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def _watch_launcher():
+    """End this rank as soon as its torchrun is gone: an orphan would go on writing beside the next job."""
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(0.2)
+        print(f"error: torchrun, process {launcher}, is gone", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def silent_ranks():

@@ -108,7 +108,8 @@ def infer(args):
     """Build the model, sample every prompt, write the clips. Gives back the ParallelManager."""
     check_flags(args, "steps score", 1)
     check_flags(args, "shift", 1e-9)
-    check_flags(args, "cfg", 0.0)
+    check_flags(args, "cfg guidance", 0.0)
+    check_flags(args, "seed", 0, 2**62)
     args.config = args.config or ("13b" if args.weights else None)
     config = get_config(args) if args.config else None  # else the checkpoint's
     if config and config.out_channels != 3:

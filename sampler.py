@@ -13,6 +13,7 @@ Whoever has a batch sampler already deals its batches out to the dp ranks with `
 """
 
 import hashlib
+import warnings
 from collections import defaultdict
 
 import torch
@@ -26,7 +27,10 @@ def seeded(*key):
 
 
 class SampleIndex(int):
-    """An index that says two things more: `weight` (0.0 for a duplicate that only fills a batch) and `epoch`."""
+    """An index that says two things more: `weight` (0.0 for a duplicate that only fills a batch) and `epoch`.
+
+    The weight has to reach the loss: dataset[i] is called with it, so return `i.weight` with the sample, and collate it.
+    """
 
     def __new__(cls, value, weight=1.0, epoch=0):
         self = super().__new__(cls, value)
@@ -43,17 +47,28 @@ class DPSPBatchSampler(Sampler):
     length: samples in the dataset. global_batch_size: samples of one optimizer step over all dp ranks and micro-batches.
     accumulation: micro-batches of a step. seed: of the order, a new one each epoch.
     tail: what happens to samples that don't fill a global batch. "pad": it is filled with duplicates of weight 0, so that
-    every sample counts exactly once; global_batch_size need not divide by dp_size * accumulation then. "drop": they are
-    left out this epoch (another order leaves out others).
+    every sample counts exactly once; global_batch_size need not divide by dp_size * accumulation then. There are fewer than
+    dp_size of them in a step. "drop": samples are left out this epoch (another order leaves out others).
     shapes: one hashable per sample, e.g. its latent's shape. A global batch then has one shape only: its samples can be
     stacked, and the dp ranks have the same cost a*S + b*S² at every step, for any a and b. The tail is each shape's own.
+    names: one string per sample, e.g. its file. `load_state_dict` refuses a state saved with other shapes or names.
     ValueError for what cannot be: an empty dataset, sizes that don't divide, a dataset too small to drop from.
 
-    Workers read ahead, so the position is what was trained on: call `advance()` after each step. Iterating starts there.
+    A step of few samples has fewer micro-batches than `accumulation`: take `micro_batches` of them, then call `advance()`.
+    Workers read ahead, so the position is what was trained on, not what was read. Iterating starts there.
     """
 
     def __init__(
-        self, length, global_batch_size, dp_rank=0, dp_size=1, accumulation=1, seed=0, tail="pad", shapes=None
+        self,
+        length,
+        global_batch_size,
+        dp_rank=0,
+        dp_size=1,
+        accumulation=1,
+        seed=0,
+        tail="pad",
+        shapes=None,
+        names=None,
     ):
         if length < 1:
             raise ValueError(f"the dataset has {length} samples, at least 1 is needed")
@@ -68,17 +83,25 @@ class DPSPBatchSampler(Sampler):
             raise ValueError(
                 f"global_batch_size {global_batch_size} is not a multiple of dp_size {dp_size} x accumulation {accumulation}"
             )
-        if shapes is not None and len(shapes) != length:
-            raise ValueError(f"{len(shapes)} shapes for {length} samples")
+        for kind, given in (("shapes", shapes), ("names", names)):
+            if given is not None and len(given) != length:
+                raise ValueError(f"{len(given)} {kind} for {length} samples")
         self.length, self.global_batch_size, self.accumulation = length, global_batch_size, accumulation
         self.dp_rank, self.dp_size, self.seed, self.tail, self.shapes = dp_rank, dp_size, seed, tail, shapes
+        self._samples = hashlib.sha256(repr((shapes and [*shapes], names and [*names])).encode()).hexdigest()[:16]
+        self._read_to_end = None  # the position at which an epoch was read whole
         if not self._start(0, []):
             raise ValueError(f"{length} samples never fill a global batch of {global_batch_size}: use tail='pad'")
 
     @property
-    def batch_size(self):
-        """Samples of one micro-batch on one rank, fillers included."""
-        return -(-self.global_batch_size // (self.dp_size * self.accumulation))
+    def micro_batches(self):
+        """Of the next step, equal on all ranks: `accumulation`, or fewer where a rank has fewer samples."""
+        return self._shares(self._batches_left[0])[1]
+
+    def _shares(self, batch):
+        """Of a global batch: samples of each rank, fillers included, and the micro-batches that they make."""
+        samples = -(-len(batch) // self.dp_size)
+        return samples, min(self.accumulation, samples)
 
     @property
     def consumed(self):
@@ -87,17 +110,21 @@ class DPSPBatchSampler(Sampler):
 
     def __len__(self):
         """Micro-batches left in this epoch, equal on all ranks."""
-        return len(self._batches_left) * self.accumulation
+        return sum(self._shares(batch)[1] for batch in self._batches_left)
 
     def __iter__(self):
-        size = self.batch_size
+        position = self.epoch, [list(entry) for entry in self.history]
+        if position == self._read_to_end:
+            warnings.warn("the epoch begins again: advance() was not called after its steps", stacklevel=2)
         for batch in self._batches_left:
+            samples, micro_batches = self._shares(batch)
             slots = [SampleIndex(i, 1.0, self.epoch) for i in batch]
-            while len(slots) < size * self.dp_size * self.accumulation:
-                slots.append(SampleIndex(batch[len(slots) % len(batch)], 0.0, self.epoch))
-            for micro in range(self.accumulation):
-                # strided, so that fillers spread over the ranks
-                yield slots[micro * self.dp_size + self.dp_rank :: self.dp_size * self.accumulation]
+            for n in range(samples * self.dp_size - len(batch)):
+                slots.append(SampleIndex(batch[n % len(batch)], 0.0, self.epoch))
+            mine = slots[self.dp_rank :: self.dp_size]
+            for n in range(micro_batches):
+                yield mine[n::micro_batches]
+        self._read_to_end = position
 
     def advance(self):
         """One optimizer step was taken. True if it was the epoch's last: the next iteration is the next epoch."""
@@ -111,18 +138,20 @@ class DPSPBatchSampler(Sampler):
 
     def state_dict(self):
         """The position in global samples: it holds for any dp_size, accumulation and global_batch_size."""
-        history = [list(entry) for entry in self.history]
-        return dict(length=self.length, seed=self.seed, epoch=self.epoch, consumed=self.consumed, history=history)
+        history, what = [list(entry) for entry in self.history], dict(length=self.length, seed=self.seed)
+        return what | dict(samples=self._samples, epoch=self.epoch, consumed=self.consumed, history=history)
 
     def load_state_dict(self, state):
         """Go on where `state` stood, with no repeat and no gap. ValueError, and nothing changed, if it can't be."""
-        if not isinstance(state, dict) or set(state) != {"length", "seed", "epoch", "consumed", "history"}:
+        if not isinstance(state, dict) or set(state) != set(self.state_dict()):
             raise ValueError(f"not a sampler state: {str(state)[:200]}")
         for name in ("length", "seed"):
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"the state was saved with {name} {state[name]}, this dataset has {getattr(self, name)}"
                 )
+        if state["samples"] != self._samples:
+            raise ValueError("the state was saved with samples of other shapes or names, or in another order")
         history, whole = state["history"], lambda n, least: type(n) is int and n >= least
         if not whole(state["epoch"], 0) or not isinstance(history, list):
             raise ValueError(f"not a sampler state: epoch {state['epoch']}, history {str(history)[:200]}")

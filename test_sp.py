@@ -29,6 +29,7 @@ import sys
 import time
 import traceback
 import types
+import warnings
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
@@ -651,10 +652,11 @@ def check_bad_input_is_refused_on_every_rank(pm, folder):
     for nothing in (folder / "absent", folder):
         with pytest.raises(FileNotFoundError, match="no checkpoint in"):
             Checkpoints(pm, nothing).find()
-    pm.check_equal(step=1, samples=[2, 3])
-    if pm.sp_size > 1:
-        with pytest.raises(ValueError, match=r"ranks \d and \d share a sample but differ in samples: \[0\] and \[1\]"):
-            pm.check_equal(step=1, samples=[int(pm.sp_rank > 0)])
+    pm.check_equal(dict(step=1, samples=[pm.dp_rank]), pm.sp_group)
+    for group, rank, size in ((pm.sp_group, pm.sp_rank, pm.sp_size), (None, pm.rank, pm.world_size)):
+        if size > 1:
+            with pytest.raises(ValueError, match=r"ranks \d and \d differ in samples: \[0\] and \[1\]"):
+                pm.check_equal(dict(step=1, samples=[int(rank > 0)]), group)
     assert pm.together(lambda: pm.rank) == [*range(pm.world_size)] and pm.on_main(lambda: pm.rank) == 0
     for kind in (OSError, ValueError):  # of one rank, and raised on all
 
@@ -1368,12 +1370,19 @@ def test_sampler_rules():
         for epoch in range(2):
             batches = [list(r) for r in ranks]
             assert {len(b) for b in batches} == {len(ranks[0])}, "every rank the same number of batches"
-            assert {len(b) for rank in batches for b in rank} == {ranks[0].batch_size}
-            steps = len(ranks[0]) // accumulation
-            seen = [
-                [i for b in batches for m in b[s * accumulation : (s + 1) * accumulation] for i in m]
-                for s in range(steps)
-            ]
+            assert all(len({len(b) for b in turn}) == 1 for turn in zip(*batches)), "of the same sizes"
+            state, streams, seen = ranks[0].state_dict(), [iter(b) for b in batches], []
+            for _ in range(len(batches[0])):
+                if ranks[0].epoch > epoch:
+                    break
+                micro = ranks[0].micro_batches
+                assert 1 <= micro <= accumulation
+                seen.append([i for stream in streams for _ in range(micro) for i in next(stream)])
+                assert sum(1 for i in seen[-1] if not i.weight) < dp, "fillers cost nothing"
+                ranks[0].advance()
+            assert not any([*stream] for stream in streams)
+            ranks[0].load_state_dict(state)
+            steps = len(seen)
             real = [sorted(int(i) for i in step if i.weight) for step in seen]
             assert sorted(i for step in real for i in step) == list(range(n)), "every sample counts exactly once"
             assert all(i.weight in (0.0, 1.0) and i.epoch == epoch for step in seen for i in step)
@@ -1403,6 +1412,31 @@ def test_sampler_rules():
                 r.load_state_dict(state)
                 assert [r.advance() for _ in range(steps)] == [False] * (steps - 1) + [True]
         assert n < 9 or orders[0] != orders[1], "each epoch is a new order"
+
+
+def test_fillers_cost_nothing():
+    """Samples of seven shapes are computed once; few samples make few micro-batches, and no rank is without one."""
+    shapes = [i for i, n in enumerate([1, 1, 9, 1, 2, 2, 2]) for _ in range(n)]
+    assert sum(map(len, DPSPBatchSampler(18, 18, shapes=shapes))) == 18
+    assert [[i.weight for i in b] for b in DPSPBatchSampler(2, 1, accumulation=4)] == [[1.0], [1.0]]
+    assert [[i.weight for b in r for i in b] for r in ranks_of(1, 8, 3, 2)] == [[1.0], [0.0], [0.0]]
+
+
+def test_sampler_tells():
+    """A state of other samples is refused: two that swapped places would be repeated and left out. So is a forgotten advance."""
+    shapes, names = ["a", "b", "a", "b"], ["1", "2", "3", "4"]
+    for other in (dict(shapes=["b", "a", "a", "b"], names=names), dict(shapes=shapes, names=["2", "1", "3", "4"])):
+        saved = DPSPBatchSampler(4, 1, shapes=shapes, names=names)
+        saved.advance()
+        with pytest.raises(ValueError, match="samples of other shapes or names"):
+            DPSPBatchSampler(4, 1, **other).load_state_dict(saved.state_dict())
+    sampler = DPSPBatchSampler(4, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len([sampler.advance() for _ in sampler]) == len([sampler.advance() for _ in sampler]) == 4
+    list(sampler)
+    with pytest.warns(UserWarning, match="advance\\(\\) was not called"):
+        list(sampler)
 
 
 def test_sampler_drops_a_tail_only_when_told():
@@ -1461,14 +1495,14 @@ class Handlers:
         return 1
 
     def __getitem__(self, _):
-        return [signal.getsignal(number) is signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGUSR1)]
+        return [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGTERM, signal.SIGUSR1)]
 
 
 def test_signals_are_not_for_processes_that_load_data():
-    """They inherit the handlers, and with them a connection that is the training's alone."""
+    """Launchers signal whole groups: a loader that ends with one would take its rank along, unsaved."""
     before = [signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGUSR1)]
     try:
-        loader = DataLoader(Handlers(), num_workers=1, worker_init_fn=train_min.forget_signals, collate_fn=list)
+        loader = DataLoader(Handlers(), num_workers=1, worker_init_fn=train_min.ignore_signals, collate_fn=list)
         assert list(loader) == [[[True, True]]]
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before):
@@ -1529,6 +1563,7 @@ def test_bad_sampler_states():
     good = sampler.state_dict()
     for change, told in (
         (dict(length=21), "saved with length 21, this dataset has 20"),
+        (dict(samples="0"), "samples of other shapes or names"),
         (dict(seed=1), "saved with seed 1, this dataset has 0"),
         (dict(consumed=3), "the state says 3 samples were consumed, its history [[4, 1]] gives 4"),
         (dict(history=[[4]]), "history entry [4]"),
@@ -1741,7 +1776,12 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("train --caption_drop 1.5", "--caption_drop 1.5 is not in 0.0 .. 1.0"),
     ("train --save_every -1", "--save_every -1 is not at least 0"),
     ("train --keep -1", "--keep -1 is not at least 0"),
-    ("train --timeout 0", "--timeout 0.0 is not at least"),
+    ("train --timeout 0", "--timeout 0.0 is not in 1e-09 .. 10000000.0"),
+    ("train --timeout inf", "--timeout inf is not in"),
+    ("train --lr inf", "--lr inf is not at least 1e-09 and finite"),
+    ("train --guidance nan", "--guidance nan is not at least 0.0"),
+    ("train --seed 12345678901234567890", "--seed 12345678901234567890 is not in 0 .."),
+    ("train --data {bad}/masked", "masked/a.safetensors holds text_mask beside latents, text and pooled"),
     ("train --attention fa5", "attention 'fa5' is none of sdpa, fa4"),
     ("train --data {bad}/none", "there is no .safetensors file in"),
     ("train --data {bad}", "there is no .safetensors file in"),
@@ -1790,6 +1830,7 @@ def bad_files(folder):
     """What BAD speaks of: data, weights and checkpoints that are not what they should be."""
     good = dict(latents=torch.zeros(3, 1, 4, 4), text=torch.zeros(2, 32), pooled=torch.zeros(32))
     files = dict(odd=good | dict(latents=torch.zeros(3, 1, 5, 4)), width=good | dict(text=torch.zeros(2, 31)))
+    files |= dict(masked=good | dict(text_mask=torch.ones(2)))
     files |= dict(lacking={k: v for k, v in good.items() if k != "pooled"}, index=dict(a=torch.zeros(1)))
     for name, tensors in files.items():
         (folder / name).mkdir()

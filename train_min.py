@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from comm import Checkpoints, ParallelManager, failed_ranks, run, split_sequence
+from comm import Checkpoints, ParallelManager, failed_ranks, fingerprint, run, split_sequence
 from hunyuan_sp import (
     CHECKPOINTING,
     HunyuanConfig,
@@ -68,7 +69,13 @@ def parse(argv=None):
     flag("--out", default="out", help="folder of checkpoints and log.jsonl")
     flag("--save_every", type=int, help="steps between checkpoints (default: only at the end; noise: none)")
     flag("--keep", type=int, default=3, help="checkpoints of this run that stay (0: all)")
-    flag("--resume", action="store_true", help="go on from the newest checkpoint in --out, on any layout")
+    flag(
+        "--resume",
+        nargs="?",
+        const="yes",
+        choices=("yes", "auto"),
+        help="go on from the newest checkpoint in --out, on any layout; auto: start anew where there is none",
+    )
     flag("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
     flag("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
     flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
@@ -110,8 +117,11 @@ def train(args):
     """Build everything, take the steps, save. Gives back the ParallelManager."""
     check_flags(args, "steps batch accumulation shard_size", 1)
     check_flags(args, "warmup save_every keep workers", 0)
-    check_flags(args, "lr clip shift timeout", 1e-9)
+    check_flags(args, "lr clip shift", 1e-9)
+    check_flags(args, "timeout", 1e-9, 1e7)
     check_flags(args, "caption_drop", 0.0, 1.0)
+    check_flags(args, "seed", 0, 2**62)
+    check_flags(args, "guidance", 0.0)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
         torch.use_deterministic_algorithms(True)
@@ -121,10 +131,19 @@ def train(args):
     # who am I; which samples are mine; where did we stop
     pm = ParallelManager(args.dp, args.sp, args.device, args.timeout)
     batch_size = args.batch or (16 if args.config == "tiny" else pm.dp_size * args.accumulation)
+    pm.check_equal(vars(args) | dict(torch=torch.__version__, data=data.fingerprint()))
     sampler = DPSPBatchSampler(
-        len(data), batch_size, pm.dp_rank, pm.dp_size, args.accumulation, args.seed, shapes=data.shapes
+        len(data),
+        batch_size,
+        pm.dp_rank,
+        pm.dp_size,
+        args.accumulation,
+        args.seed,
+        shapes=data.shapes,
+        names=data.names,
     )
     checkpoints, signals = Checkpoints(pm, args.out), catch_signals()
+    checkpoints.claim()
     path, state = find_start(checkpoints, args)
     if path:
         check_config(config, state, path)
@@ -139,7 +158,7 @@ def train(args):
 
     while step < args.steps:
         clock.start()
-        micro_batches = [next(stream) for _ in range(args.accumulation)]
+        micro_batches = [next(stream) for _ in range(sampler.micro_batches)]
         if step < 3 or step % CHECK_EVERY == 0:
             check_samples(pm, micro_batches, step)
         # the loss is a mean over the tokens of all dp ranks and micro-batches, not a mean of means
@@ -149,7 +168,7 @@ def train(args):
             batch = {k: v if k == "text_mask" else v.to(pm.device, non_blocking=True) for k, v in batch.items()}
             local = flow_loss(model, batch, args.guidance, pm.sp_group, args.checkpointing) / count
             # the gradient rule: the sum over ranks of these is the mean over all tokens of the step
-            pm.backward(model, local, last=n == args.accumulation - 1)
+            pm.backward(model, local, last=n == len(micro_batches) - 1)
             loss += local.detach()
         norm = pm.clip_grad_norm(model, args.clip)
 
@@ -164,7 +183,8 @@ def train(args):
         step += 1
         flops = 3 * pm.sum(sum(batch_flops(config, b) for b in micro_batches), pm.dp_group).item()
         clock.stop(count, flops)
-        progress.step(step, loss, norm, lr, clock, skipped=not finite)
+        odd = [] if finite else name_odd_samples(pm, micro_batches, data)
+        progress.step(step, loss, norm, lr, clock, skipped=not finite, odd=odd)
 
         skipped = 0 if finite else skipped + 1
         if skipped >= MAX_SKIPPED:
@@ -187,6 +207,8 @@ def train(args):
         if stop:
             break
     checkpoints.finish()
+    if step >= args.steps:  # the next run under the same rendezvous id is another one
+        pm.on_main(lambda: replace_text(Path(args.out) / "run.json", json.dumps(dict(run=state["tag"], done=True))))
     progress.end(clock, step, saved)
     return pm
 
@@ -199,8 +221,10 @@ def check_flags(args, names, low, high=math.inf):
     """ValueError for the first of the flags whose value is outside low .. high."""
     for name in names.split():
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            wanted = f"at least {low}" if high == math.inf else f"in {low} .. {high}"
+        if value is not None and not (low <= value <= high and value != math.inf):
+            wanted = (
+                f"at least {low}" + " and finite" * (value == math.inf) if high == math.inf else f"in {low} .. {high}"
+            )
             raise ValueError(f"--{name} {value} is not {wanted}")
 
 
@@ -256,21 +280,26 @@ def find_start(checkpoints, args):
     """
     file, pm = Path(args.out) / "run.json", checkpoints.manager
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    launch = f"process {os.getppid()}" if launch == "none" else launch
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if launch == "none":
+        launch = f"process {os.getppid()}"
+    else:
+        restarted = True  # an agent that was replaced, with the same rendezvous id, counts from 0 again
 
     def name_under_way():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and file.exists():
-            last = json.loads(file.read_text())
-            return last["run"] if last["launch"] == launch else None
+        try:
+            last = json.loads(file.read_text()) if restarted else {}
+            return str(last["run"]) if last.get("launch") == launch and not last.get("done") else None
+        except (OSError, ValueError, KeyError, AttributeError, RecursionError):
+            return None  # none, or none that can be read
 
     name = pm.on_main(name_under_way)
     path, state = None, dict(tag=name or pm.on_main(lambda: f"{time.time():.6f}"))
     try:
         if name or args.resume:
             path, state = checkpoints.find(name)
-    except FileNotFoundError:
-        if not name:
+    except FileNotFoundError as error:
+        if not name and (args.resume != "auto" or "no whole checkpoint" in str(error)):
             raise
     pm.on_main(lambda: replace_text(file, json.dumps(dict(run=state["tag"], launch=launch))))
     return path, state
@@ -286,10 +315,24 @@ def check_config(config, state, path):
 
 
 def check_samples(pm, micro_batches, step):
-    """The classic silent bug: sp ranks that work on different samples."""
+    """The classic silent bug: sp ranks that work on different samples, or on one that each has augmented for itself."""
+    contents = [
+        {name: zlib.crc32(x.contiguous().view(torch.uint8).numpy()) for name, x in batch.items()}
+        for batch in micro_batches
+    ]
     samples = [batch["samples"].tolist() for batch in micro_batches]
     shapes = [[list(batch[name].shape) for name in ("latents", "text")] for batch in micro_batches]
-    pm.check_equal(step=step, samples=samples, shapes=shapes)
+    pm.check_equal(dict(step=step, samples=samples, shapes=shapes, contents=contents), pm.sp_group)
+
+
+def name_odd_samples(pm, micro_batches, data):
+    """The names of a step's samples that hold a value that is not finite, on any rank."""
+
+    def odd():
+        rows = [row for b in micro_batches for row in zip(*(b[n] for n in ("samples", "target", "text", "pooled")))]
+        return [data.name(int(i)) for i, *parts in rows if not all(part.isfinite().all() for part in parts)]
+
+    return sorted({name for names in pm.together(odd) for name in names})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -353,7 +396,8 @@ def batches(data, sampler, pm, args):
         collate_fn=partial(collate, **rules),
         num_workers=args.workers,
         pin_memory=pm.device.type == "cuda",
-        worker_init_fn=forget_signals,
+        worker_init_fn=ignore_signals,
+        timeout=args.timeout if args.workers else 0,
     )
     while True:
         yield from loader
@@ -376,12 +420,20 @@ class Folder:
 
     def __init__(self, config, folder):
         self.files = sorted(Path(folder).glob("*.safetensors"))
+        self.files = [file for file in self.files if not file.name.startswith(".")]
         if not self.files:
             raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
-        self.shapes = []
+        self.shapes, self.names = [], [file.name for file in self.files]
         for file in self.files:
+            if not file.is_file():
+                raise ValueError(f"{file} is not a file")
             with open_safetensors(file) as handle:
                 shapes = shapes_in(handle)
+            if more := sorted(set(shapes) - {"latents", "text", "pooled"}):
+                raise ValueError(
+                    f"{file} holds {', '.join(more)} beside latents, text and pooled, which would be ignored: text has valid "
+                    "tokens only, and needs no mask"
+                )
             latents = shapes.get("latents", [])
             fits = len(latents) == 4 and latents[0] == config.out_channels and text_fits(shapes, config)
             if not fits or any(n < 1 or n % p for n, p in zip(latents[1:], config.patch_size)):
@@ -394,28 +446,46 @@ class Folder:
     def __len__(self):
         return len(self.files)
 
+    def name(self, i):
+        return str(self.files[i])
+
+    def fingerprint(self):
+        """What must be equal on all ranks."""
+        shapes = zlib.crc32(repr(self.shapes).encode())
+        return f"{len(self.files)} files, {fingerprint(self.files)}, {shapes:08x}"
+
     def __getitem__(self, i):
         with open_safetensors(self.files[i]) as handle:
             return i, *(handle.get_tensor(name).float() for name in ("latents", "text", "pooled"))
 
 
-class RandomLatents:
-    """Noise of the right shape, and texts of 60 tokens: what a benchmark needs."""
+class Made:
+    """Samples that are made, not read: equal everywhere."""
 
-    shapes = None
-
-    def __init__(self, config, shape, length=64):
-        self.config, self.shape, self.length = config, shape, length
+    shapes = names = None
 
     def __len__(self):
         return self.length
+
+    def name(self, i):
+        return f"sample {i}"
+
+    def fingerprint(self):
+        return f"{self.length} samples"
+
+
+class RandomLatents(Made):
+    """Noise of the right shape, and texts of 60 tokens: what a benchmark needs."""
+
+    def __init__(self, config, shape, length=64):
+        self.config, self.shape, self.length = config, shape, length
 
     def __getitem__(self, i):
         draw, config = partial(torch.randn, generator=seeded("random", int(i))), self.config
         return i, draw(self.shape), draw(60, config.text_dim), draw(config.pooled_dim)
 
 
-class Shapes:
+class Shapes(Made):
     """Clips of coloured shapes that move, with captions of five or six words: a toy that a tiny model learns in minutes.
 
     Its `draw` makes the clip of a caption, and `measure` reads a clip's colour and direction from the pixels.
@@ -425,13 +495,9 @@ class Shapes:
     COLOURS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1), yellow=(1, 1, 0), purple=(1, 0, 1), cyan=(0, 1, 1))
     SHAPES = ("square", "circle", "cross")
     DIRECTIONS = dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0))
-    shapes = None
 
     def __init__(self, config, length=4096):
         self.config, self.length = config, length
-
-    def __len__(self):
-        return self.length
 
     def __getitem__(self, i):
         generator, captions = seeded("clip", int(i)), self.captions()
@@ -510,18 +576,23 @@ class Progress:
                 flush=True,
             )
             path = Path(args.out) / "log.jsonl"
-            lines = path.read_text().splitlines(True) if start and path.exists() else []
-            # steps after the one resumed from are taken again
-            replace_text(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= start))
+            lines = path.read_text(errors="replace").splitlines(True) if start and path.exists() else []
+            # steps after the one resumed from are taken again; a line that is none is dropped
+            replace_text(path, "".join(x for x in lines if x.endswith("\n") and 0 < step_of(x) <= start))
             self.log = open(path, "a")
 
-    def step(self, step, loss, norm, lr, clock, skipped):
+    def step(self, step, loss, norm, lr, clock, skipped, odd=()):
         self.losses.append(loss)
         self.skipped += skipped
         if not self.pm.is_main:
             return
         speed, steps, seconds = clock.rates(), self.args.steps, clock.seconds[-1]
-        self.log.write(json.dumps(dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped) | speed) + "\n")
+        entry = dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped) | speed
+        entry |= dict(not_finite=odd) if odd else {}
+        entry = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
+        }  # NaN is no JSON
+        self.log.write(json.dumps(entry) + "\n")
         self.log.flush()
         recent = [loss for loss in self.losses if math.isfinite(loss)][-20:] or [math.nan]
         left = (steps - step) * sum(clock.seconds) / len(self.losses)
@@ -531,6 +602,14 @@ class Progress:
             f"grad norm {norm:.2f} · {seconds:.2f} s/step · {speed['tokens_per_s']} tokens/s{mfu} · "
             f"{speed['peak_gib']:.1f} GiB · {left // 60:.0f}:{left % 60:02.0f} left"
         )
+        for name in odd:
+            print(f"step {step} is skipped: {name} has values that are not finite", flush=True)
+        if seconds > 20 and len(self.losses) == 3:
+            print(
+                f"a step takes {seconds:.0f} s, and torchrun kills 30 s after a SIGTERM: start it with --shutdown-timeout "
+                f"{60 + 3 * seconds:.0f} (torch 2.13 and newer), so that a stop is saved",
+                flush=True,
+            )
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="\n" if step == steps else "", flush=True)
         elif step % max(1, steps // 20) == 0 or step == steps or len(self.losses) == 1:
@@ -549,6 +628,15 @@ class Progress:
         print(f"saved {self.args.out}/step-{saved}{why}" if saved else f"nothing saved{why}", flush=True)
         if saved and not self.args.data and self.args.config == "tiny":
             print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
+
+
+def step_of(line):
+    """The step of a line of log.jsonl; 0 where it is none."""
+    try:
+        step = json.loads(line)["step"]
+        return step if type(step) is int else 0
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0
 
 
 def curve(values, columns=64, rows=8):
@@ -658,23 +746,31 @@ def shares(spans):
 
 
 def catch_signals():
-    """SIGUSR1: save at the end of the step. SIGTERM (Slurm, spot hosts, torchrun): save there and stop."""
-    asked = dict(save=False, stop=False)
+    """SIGUSR1: save at the end of the step. SIGTERM (Slurm, spot hosts, torchrun), Ctrl-C: save there and stop.
 
-    def stop(*_):
+    Ctrl-C again stops at once. (torchrun passes the first one on, so that each rank gets it twice within a moment.)
+    """
+    asked, first = dict(save=False, stop=False), []
+
+    def stop(number, _):
         if failed_ranks():  # torchrun clears up after another rank: there will be no next step
             os._exit(1)
+        if number == signal.SIGINT:
+            first.append(time.monotonic())
+            if first[-1] - first[0] > 1:
+                os._exit(130)
         asked["stop"] = True
 
     signal.signal(signal.SIGUSR1, lambda *_: asked.update(save=True))
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     return asked
 
 
-def forget_signals(_):
-    """In a process that loads data: a signal is the training's, and so are the connections that its handler uses."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+def ignore_signals(_):
+    """In a process that loads data: launchers signal whole process groups, and what comes is for the training to decide."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
