@@ -400,7 +400,8 @@ class Checkpoints:
                     )
                 time.sleep(0.1)
 
-        self.manager.together(look)
+        # not rank 0: a lock of POSIX is lost when its process closes the file, however often it has it open
+        self.manager.together((lambda: None) if self.manager.is_main else look)
 
     def save(self, step, model, optimizer, extra, tag="", keep=0):
         """Start saving weights, optimizer and `extra` (JSON) as step-N; training may go on when this returns.
@@ -653,6 +654,8 @@ def run(main, folder, debug=False):
 def _told(error, folder):
     """What happened, in one sentence; and whether it is that another rank is lost."""
     told = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    if str(error).startswith("Caught "):  # in a process that loads data: its traceback comes along
+        return f"loading data: {_sentence(error).partition(': ')[2]}{_about_memory(str(error))}", False
     if isinstance(error, OSError):
         if error.errno and not error.filename:
             full = shutil.disk_usage("/dev/shm").free < 1 << 20 if os.path.isdir("/dev/shm") else False
@@ -662,8 +665,6 @@ def _told(error, folder):
         return told, False
     if isinstance(error, KeyboardInterrupt):
         return "stopped from the keyboard", False
-    if str(error).startswith("Caught "):  # in a process that loads data: its traceback comes along
-        return f"loading data: {_sentence(error).partition(': ')[2]}{_about_memory(str(error))}", False
     if told.startswith("DataLoader"):
         return f"loading data: {told}{_about_memory(told)}", False
     if dist.is_initialized() and re.search(r"timed? ?out|connection|peer|nccl|gloo", told, re.I):

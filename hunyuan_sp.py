@@ -23,8 +23,8 @@ Source of all formulas: HunyuanVideo, arXiv:2412.03603. Parameter names are the 
 
 import json
 import math
-import pickle
 import re
+import zipfile
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -489,6 +489,9 @@ class HunyuanVideo(nn.Module):
         grid = [n // p for n, p in zip(latents.shape[2:], self.config.patch_size)]
         video, run_one = math.prod(grid), partial(run_block, checkpointing)
         latents, text, pooled = latents.to(dtype), text[:, : max(lengths)].to(dtype), pooled.to(dtype)
+        if min(lengths) < max(lengths):  # zero times what padding holds may be NaN, in backward
+            real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            text = torch.where(real.to(text.device)[..., None], text, 0)
 
         # what modulates every token, [B, C] and equal on every rank
         vec = self.time_in(timestep) + self.vector_in(pooled)
@@ -805,15 +808,12 @@ def export_weight(config, name, tensor, naming):
 def load_weights(model, source):
     """Load a file, a folder or a dict of tensors in any of the three namings, strictly; sharded models too.
 
-    source: .safetensors file, folder of them, the original .pt, or {name: tensor}. All names, shapes and types are checked
-    first, so that nothing is loaded unless everything fits; then it streams tensor by tensor, each rank keeping its part.
-    ValueError says which names are missing, unknown or of another shape, and how many.
+    source: .safetensors file, folder of them (with an index or without), the original .pt, or {name: tensor}. Everything is
+    checked first, names, shapes, types and values, so that nothing is loaded unless everything fits; then it streams tensor
+    by tensor, each rank keeping its part. fp8 is loaded as the numbers that it holds; where they are to be multiplied by
+    scales kept elsewhere, it is refused. ValueError says which names are missing, unknown or of another shape, and how many.
     """
-    tensors = _readers(source)
-    for prefix in (p for p in PREFIXES for _ in range(2)):
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    tensors = {re.sub(r"(query|key)_norm\.scale$", r"\1_norm.weight", name): value for name, value in tensors.items()}
+    tensors = _unprefixed(_readers(source))
     naming = naming_of(tensors)
     params = dict(model.named_parameters())
     sources, wrong = {name: names_in(naming, name) for name in params}, []
@@ -829,31 +829,118 @@ def load_weights(model, source):
     if any(problems.values()):
         told = [f"{len(v)} {k} ({', '.join(v[:3])}{', ..' * (len(v) > 3)})" for k, v in problems.items() if v]
         raise ValueError(f"weights in {naming} naming do not fit the model: {'; '.join(told)}")
+    for name in sorted(wanted):
+        _check_values(name, tensors[name][1]())
     for name, names in sources.items():
-        parts = [tensors[n][1]() for n in names]
+        parts = [tensors[n][1]().to(params[name].dtype) for n in names]  # parts may be of different types
         assign(params[name], _swap_halves(naming, name, torch.cat(parts) if len(parts) > 1 else parts[0]))
+
+
+def _check_values(name, tensor):
+    """ValueError for values that are not finite, or that want a scale which is not in the tensor."""
+    wide = tensor.float() if tensor.itemsize == 1 else tensor
+    if not wide.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite")
+    if tensor.itemsize == 1 and wide.numel() and wide.abs().max() > torch.finfo(tensor.dtype).max / 2:
+        raise ValueError(
+            f"{name} is {str(tensor.dtype)[6:]} with values up to {wide.abs().max():.0f}: they are to be multiplied by a scale "
+            "that is kept elsewhere; convert the weights to bfloat16 first"
+        )
+
+
+def _unprefixed(tensors):
+    """Without the prefixes that trainers put before all names; ValueError where two names become one."""
+    names = {name: name for name in tensors}
+    for prefix in (p for p in PREFIXES for _ in range(2)):
+        if tensors and all(name.startswith(prefix) for name in names.values()):
+            names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    names = {key: re.sub(r"(query|key)_norm\.scale$", r"\1_norm.weight", name) for key, name in names.items()}
+    keys = {}
+    for key, name in names.items():
+        if name in keys:
+            raise ValueError(f"{keys[name]} and {key} are the same weight, {name}")
+        keys[name] = key
+    return {name: tensors[key] for name, key in keys.items()}
+
+
+def weight_files(source):
+    """The files of weights at a path: itself, those that a folder's index names, or all .safetensors of a folder."""
+    path = Path(source)
+    indices = _visible(path, "*.safetensors.index.json") if path.is_dir() else []
+    files = _visible(path, "*.safetensors") if path.is_dir() else [path]
+    if len(indices) > 1:
+        raise ValueError(f"{path} holds the indices of {len(indices)} models: {indices[0].name} and {indices[1].name}")
+    if indices:
+        names = sorted(set(_weight_map(indices[0]).values()))
+        if outside := [name for name in names if name in (".", "..") or "/" in name or "\\" in name]:
+            raise ValueError(f"{indices[0]} names a file outside its folder: {outside[0]}")
+        files = [path / name for name in names]
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise ValueError(f"{path} is not whole: {absent[0]} is missing, which {indices[0].name} names")
+    if not files or not all(file.is_file() for file in files):
+        raise FileNotFoundError(f"no weights at {path}: expected a .safetensors or .pt file, or a folder with some")
+    for file in files:
+        if part := re.search(r"-(\d+)-of-(\d+)\.safetensors$", file.name):
+            there = len([f for f in files if f.name.endswith(f"-of-{part[2]}.safetensors")])
+            if there != int(part[2]):
+                raise ValueError(f"{path} is not whole: it has {there} of {int(part[2])} files like {file.name}")
+    return files
+
+
+def _visible(folder, pattern):
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
+
+
+def _weight_map(index):
+    try:
+        names = json.loads(index.read_text())["weight_map"]
+        assert all(isinstance(name, str) for name in [*names.keys(), *names.values()])
+        return names
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
+        raise ValueError(f"{index} is not an index of weights: it has no weight_map of names") from None
 
 
 def _readers(source):
     """{name: (shape, function that reads the tensor)}; nothing is unpickled but tensors."""
+    path = "the weights"
     if not isinstance(source, dict):
-        path = Path(source)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        if not files or not all(f.is_file() for f in files):
-            raise FileNotFoundError(f"no weights at {path}: expected a .safetensors or .pt file, or a folder with some")
+        path, readers = Path(source), {}
+        files = weight_files(path)
         if files[0].suffix == ".safetensors":
-            return {name: reader for file in files for name, reader in _open(file).items()}
+            for file in files:
+                for name, reader in _open(file).items():
+                    if name in readers:
+                        raise ValueError(f"{name} is in {file} and in another file of {path}")
+                    readers[name] = reader
+            for index in _visible(path, "*.safetensors.index.json") if path.is_dir() else []:
+                if lost := sorted(set(_weight_map(index)) - set(readers)):
+                    raise ValueError(f"{index} names {lost[0]}, which no file has")
+            return readers
+        if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
+            raise ValueError(f"{path} is none of .safetensors, .pt, .pth, .bin, .ckpt: other formats are not read")
+        if scales := path.with_name(f"{path.stem}_map{path.suffix}"):
+            if scales.exists():
+                raise ValueError(
+                    f"{path} is to be multiplied by the scales in {scales.name}: convert it to bfloat16 first"
+                )
         try:
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed")
             source = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is not a file of plain tensors: {str(error).splitlines()[0]}") from None
+        except Exception as error:
+            told = str(error) if str(error) == "it is compressed" else type(error).__name__
+            raise ValueError(f"{path} is not a file of plain tensors as torch.save writes them ({told})") from None
         for key in ("module", "ema", "model", "state_dict"):
             source = source[key] if isinstance(source, dict) and isinstance(source.get(key), dict) else source
-    if not isinstance(source, dict) or not all(torch.is_tensor(t) and t.is_floating_point() for t in source.values()):
-        raise ValueError(
-            f"weights are expected as floating-point tensors by name, got {type(source).__name__} with others"
-        )
-    return {name: (list(t.shape), partial(lambda t: t, t)) for name, t in source.items()}
+    if not isinstance(source, dict):
+        raise ValueError(f"{path} should be floating-point tensors by name, it is of type {type(source).__name__}")
+    for name, tensor in source.items():
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and isinstance(name, str)
+        if not plain or not tensor.is_floating_point():
+            kind = f"{tensor.dtype} tensor" if plain else type(tensor).__name__
+            raise ValueError(f"{path} should be floating-point tensors by name, {name!r} is of type {kind}")
+    return {name: (list(t.shape), partial(lambda t: t.detach(), t)) for name, t in source.items()}
 
 
 def open_safetensors(file):
@@ -861,7 +948,8 @@ def open_safetensors(file):
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
+        told = "".join(c for c in str(error) if c.isprintable())[:200]
+        raise ValueError(f"{file} is not a readable safetensors file: {told}") from None
 
 
 def shapes_in(handle):
@@ -876,14 +964,19 @@ def text_fits(shapes, config):
 
 
 def read_text(file, config):
-    """text [L, text_dim] and pooled [pooled_dim] of a safetensors file; ValueError where it has others."""
+    """text [L, text_dim] and pooled [pooled_dim] of a safetensors file; ValueError where it has others, or what is not finite."""
     with open_safetensors(file) as handle:
         shapes = shapes_in(handle)
         if not text_fits(shapes, config):
             raise ValueError(
                 f"{file} holds {shapes}, expected text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
             )
-        return handle.get_tensor("text").float(), handle.get_tensor("pooled").float()
+        if more := sorted(set(shapes) - {"latents", "text", "pooled"}):
+            raise ValueError(f"{file} holds {', '.join(more)} beside text and pooled, which would be ignored")
+        text, pooled = handle.get_tensor("text").float(), handle.get_tensor("pooled").float()
+        if not (text.isfinite().all() and pooled.isfinite().all()):
+            raise ValueError(f"{file} has values that are not finite")
+        return text, pooled
 
 
 def _open(file):
@@ -903,23 +996,25 @@ def save_weights(model, folder, naming="original", dtype=torch.bfloat16, shard_b
     shards, index, held = [{}], {}, 0
     for name, param in model.named_parameters():
         full = (param.full_tensor() if isinstance(param, DTensor) else param).detach().to("cpu", dtype)
+        _check_values(name, full)
         for key, tensor in export_weight(model.config, name, full, naming).items():
             if held and held + tensor.nbytes > shard_bytes:
-                _write_shard(writes, folder, stem, shards)
+                _write_shard(writes, folder, shards)
                 shards, held = [*shards, {}], 0
             shards[-1][key], index[key], held = tensor.contiguous(), len(shards), held + tensor.nbytes
-    _write_shard(writes, folder, stem, shards)
+    _write_shard(writes, folder, shards)
     if writes:
+        # the old export goes when the new one is on the disk; the index comes last, so that half an export is none
+        for old in [*folder.glob(f"{stem}*.safetensors"), *folder.glob(f"{stem}*.index.json")]:
+            old.unlink()
         names = {i: f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
         for i, final in names.items():
-            (folder / f"{stem}-{i:05d}.safetensors").replace(folder / final)
-        weight_map = {key: names[i] for key, i in index.items()}
-        document = dict(metadata=dict(total_size=sum(Path(folder / n).stat().st_size for n in names.values())))
-        (folder / f"{stem}.safetensors.index.json").write_text(
-            json.dumps(document | dict(weight_map=weight_map), indent=1)
-        )
+            (folder / f".part-{i:05d}.safetensors").replace(folder / final)
         config = diffusers_config(model.config) if naming == "diffusers" else asdict(model.config)
         (folder / "config.json").write_text(json.dumps(config, indent=1))
+        document = dict(metadata=dict(total_size=sum(Path(folder / n).stat().st_size for n in names.values())))
+        document |= dict(weight_map={key: names[i] for key, i in index.items()})
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(document, indent=1))
 
 
 def write_safetensors(tensors, file):
@@ -930,10 +1025,10 @@ def write_safetensors(tensors, file):
         raise OSError(f"{file} could not be written: {error}") from None
 
 
-def _write_shard(writes, folder, stem, shards):
+def _write_shard(writes, folder, shards):
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(shards[-1], folder / f"{stem}-{len(shards):05d}.safetensors")
+        write_safetensors(shards[-1], folder / f".part-{len(shards):05d}.safetensors")
     shards[-1] = {}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from comm import Checkpoints, ParallelManager, run
+from comm import Checkpoints, ParallelManager, fingerprint, run
 from hunyuan_sp import (
     NAMINGS,
     HunyuanConfig,
@@ -31,6 +31,7 @@ from hunyuan_sp import (
     read_text,
     save_weights,
     shift_sigma,
+    weight_files,
     write_safetensors,
 )
 from sampler import seeded
@@ -114,7 +115,10 @@ def infer(args):
     config = get_config(args) if args.config else None  # else the checkpoint's
     if config and config.out_channels != 3:
         latent_shape(config, args.height, args.width, args.frames)  # a size that can't be is told before the ranks meet
+    files = [*weight_files(args.weights)] if args.weights else []
+    files += [file for file in (args.embeds, args.negative_embeds) if file and Path(file).is_file()]
     pm = ParallelManager(args.dp, args.sp, args.device)
+    pm.check_equal(vars(args) | dict(torch=torch.__version__, files=fingerprint(files)))
     model = build_model(config, pm, args)
     config, toy = model.config, model.config.out_channels == 3
     if args.export:
@@ -134,6 +138,7 @@ def infer(args):
         away = [negative[0].to(pm.device)], negative[1].to(pm.device)[None]
         rules = (args.steps, shift, args.guidance, pm.sp_group, away, args.cfg)
         clip = sample(model, *inputs, *rules, clock=clock if first == 0 else None)[0].cpu()
+        pm.together(partial(check_clip, clip, title))
         if surplus:
             continue
         if args.score:
@@ -148,6 +153,11 @@ def infer(args):
     elif pm.is_main and not toy:
         print(json.dumps(clock.report()), flush=True)
     return pm
+
+
+def check_clip(clip, title):
+    if not clip.isfinite().all():
+        raise ValueError(f"the clip of {title!r} has values that are not finite: nothing is written")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ import time
 import traceback
 import types
 import warnings
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
@@ -1304,6 +1305,85 @@ def test_weights_that_do_not_fit(tmp_path):
     refused(tmp_path / "nothing", "no weights at")
 
 
+def test_weights_mean_what_their_file_says(tmp_path):
+    """What lies outside a tensor counts: scales, an index, a second file. Refused before anything is assigned, by its name."""
+    source, model = golden_model(torch.float32), HunyuanVideo(GOLDEN)
+    good, name = dict(source.state_dict()), "single_blocks.1.linear1.weight"
+    before = [p.clone() for p in model.parameters()]
+
+    def refused(source, *told):
+        with pytest.raises(ValueError) as error:
+            load_weights(model, source)
+        assert all(t in str(error.value) for t in told), error.value
+        assert equal(model.parameters(), before), "something was loaded"
+
+    def folder(label, index=None, **files):
+        (tmp_path / label).mkdir()
+        for stem, tensors in files.items():
+            save_file(tensors, tmp_path / label / f"{stem}.safetensors")
+        if index is not None:
+            (tmp_path / label / "m.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
+        return tmp_path / label
+
+    fp8 = torch.float8_e4m3fn
+    refused(good | {name: (good[name] * 448 / good[name].abs().max()).to(fp8)}, name, "values up to 448", "a scale")
+    refused(good | {f"{name}_scale": torch.ones(())}, "1 unknown", f"{name}_scale")
+    refused(good | {name: good[name] * math.inf}, f"{name} has values that are not finite")
+    refused(
+        good | {f"{name[:-7]}.query_norm.scale": good[name], f"{name[:-7]}.query_norm.weight": good[name]},
+        "same weight",
+    )
+    refused(good | {7: good[name]}, "7 is of type")
+    refused(good | {name: torch.Tensor._make_subclass(Odd, good[name])}, name, "is of type Odd")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    refused(tmp_path / "a.gguf", "a.gguf is none of .safetensors, .pt")
+    torch.save(good, tmp_path / "scaled.pt")
+    torch.save({}, tmp_path / "scaled_map.pt")
+    refused(tmp_path / "scaled.pt", "by the scales in scaled_map.pt")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"0" * 99)
+    refused(tmp_path / "bomb.pt", "bomb.pt is not a file of plain tensors", "it is compressed")
+    half, rest = ({k: v for n, (k, v) in enumerate(good.items()) if n % 2 == part} for part in range(2))
+    refused(folder("twice", a=good, b={name: good[name]}), name, "another file")
+    refused(folder("part", **{"m-00001-of-00003": half, "m-00002-of-00003": rest}), "is not whole: it has 2 of 3 files")
+    refused(folder("lost", {name: "b.safetensors"}, a=good), "b.safetensors is missing")
+    refused(
+        folder("odd", {**dict.fromkeys(good, "a.safetensors"), "x.weight": "a.safetensors"}, a=good), "names x.weight"
+    )
+    # what is right is read: the index's files alone, hidden ones passed over, types mixed in one layer
+    index = dict.fromkeys(half, "a.safetensors") | dict.fromkeys(rest, "b.safetensors")
+    whole = folder("whole", index, a=half, b=rest, old={name: good[name]})
+    (whole / "._a.safetensors").write_bytes(b"x")
+    load_weights(model, whole)
+    assert equal(model.state_dict(), good)
+    mixed = [export_weight(GOLDEN, n, p, "diffusers") for n, p in good.items()]
+    mixed = {k: v.to(fp8) if "to_q.weight" in k else v.bfloat16() for part in mixed for k, v in part.items()}
+    load_weights(model, mixed)
+    close(model.double_blocks[0].img_attn_qkv.weight[:48], mixed["transformer_blocks.0.attn.to_q.weight"].float(), 1e-7)
+    # an export leaves nothing of the one before, and one that is not finite is not written
+    for shard_bytes in (30_000, 10**9):
+        hunyuan_sp.save_weights(source, tmp_path / "export", "original", torch.float32, shard_bytes)
+    assert len(list((tmp_path / "export").glob("*.safetensors"))) == 1
+    load_weights(model, tmp_path / "export")
+    assert equal(model.state_dict(), good)
+    source.img_in.proj.bias.data[0] = math.nan
+    with pytest.raises(ValueError, match="img_in.proj.bias has values that are not finite"):
+        hunyuan_sp.save_weights(source, tmp_path / "export2")
+    assert not list((tmp_path / "export2").glob("*.json"))
+
+
+class Odd(torch.Tensor):
+    """A subclass: what it holds is not what it stands for."""
+
+
+def test_padding_may_hold_anything():
+    """NaN in padded text: output, and every gradient, as without."""
+    model, inputs = random_model(CONFIG), random_inputs(CONFIG, *CASES["ragged"])
+    padded = dict(inputs, text=inputs["text"].masked_fill(~inputs["text_mask"][..., None], math.nan))
+    for truth, ours in zip(*(torch.autograd.grad(model(**i).sum(), [*model.parameters()]) for i in (inputs, padded))):
+        close(ours, truth)
+
+
 def test_fuzzed_weights(tmp_path):
     """Bytes changed, cut, inserted, mostly in the header: it loads, or it says so and nothing was loaded."""
     config = HunyuanConfig(1, (2, 2, 4), 256.0, 1, 1, 1, 1.0, 1, 1, (1, 1, 1), 2, 2, False)
@@ -1797,7 +1877,7 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("train --weights {bad}/huge", "a.safetensors is not a readable safetensors file"),
     ("train --weights {bad}/evil.pt", "evil.pt is not a file of plain tensors"),
     ("train --weights {bad}/odd", "do not fit the model"),
-    ("train --weights {bad}/index", "do not fit the model"),
+    ("train --weights {bad}/index", "names a file outside its folder: ../odd/a.safetensors"),
     ("train --resume --out {bad}", "no checkpoint in"),
     ("train --resume --out {bad}/damaged", "no whole checkpoint in"),
     ("train --resume --out {bad}/evil", "no whole checkpoint in"),
@@ -2032,6 +2112,112 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path):
     assert (run / f"step-{done}" / "manifest.json").is_file(), (tmp_path / "printed").read_text()[-3000:]
     code, printed = launch("train_min.py", "--resume", "--steps", done + 1, "--batch", 2, "--out", run, out=tmp_path)
     assert code == 0 and f"from step {done}" in printed, printed
+
+
+def test_one_run_a_folder(tmp_path):
+    """A second run with the same --out is refused while the first lives, and nothing of the first is touched."""
+    first, run = start(tmp_path, "--steps", 5000, "--batch", 2, ranks=1), tmp_path / "run"
+    wait_for(lambda: steps_done(run) > 2)
+    code, printed = launch("train_min.py", "--steps", 2, "--seed", 1, "--device", "cpu", "--out", run, out=tmp_path)
+    assert code == 1 and re.search("error: .*run is in use by another run, process ", printed), printed
+    before = steps_done(run)
+    wait_for(lambda: steps_done(run) > before > 2)
+    first.kill()
+    first.wait()
+    code, printed = launch("train_min.py", "--steps", 2, "--batch", 2, "--device", "cpu", "--out", run, out=tmp_path)
+    assert code == 0, printed
+
+
+DIFFER = """
+import os, train_min, comm, time
+from functools import partial
+args = train_min.parse()
+if os.environ["RANK"] == "1":
+    args.shift = 7.0
+comm.run(partial(train_min.train, args), args.out)
+"""
+
+
+def test_ranks_that_differ_are_told(tmp_path):
+    (tmp_path / "differ.py").write_text(DIFFER)
+    agent = start(tmp_path, "--steps", 3, "--sp", 2, script=tmp_path / "differ.py")
+    printed = (tmp_path / "printed") if agent.wait(timeout=300) else None
+    assert printed and printed.read_text().count("error: ranks 0 and 1 differ in shift: 4.0 and 7.0") >= 2
+
+
+def test_no_screen_and_odd_side_files_end_nothing(tmp_path):
+    """A closed pipe, a screen of ASCII, and odd lines in log.jsonl and run.json."""
+    flags = f"--device cpu --batch 2 --save_every 2 --out {tmp_path}/run"
+    command = f"{sys.executable} train_min.py {flags}"
+    environment = os.environ | dict(PYTHONIOENCODING="ascii")
+    piped = f"{command} --steps 4 --resume auto | head -c 9"
+    assert (
+        subprocess.run(piped, shell=True, cwd=HERE, env=environment, timeout=300, capture_output=True).returncode == 0
+    )
+    assert [entry["step"] for entry in losses(tmp_path / "run")] == [1, 2, 3, 4]
+    with open(tmp_path / "run/log.jsonl", "ab") as log:
+        log.write(b'\xff odd\n[]\n{"step": "4"}\n')
+    (tmp_path / "run/run.json").write_text("[" * 5000)
+    code, printed = launch(
+        "train_min.py", *flags.split(), "--steps", 5, "--resume", out=tmp_path, PYTHONIOENCODING="ascii"
+    )
+    assert code == 0 and [entry["step"] for entry in losses(tmp_path / "run")] == [1, 2, 3, 4, 5], printed
+
+
+def test_a_process_that_loads_data_ends_in_one_sentence(tmp_path):
+    for n in range(4):
+        write_sample(tmp_path / f"data/{n}.safetensors", torch.full((3, 1, 4, 4), 0.5))
+    flags = ["--data", tmp_path / "data", "--batch", 1, "--workers", 1, "--steps", 9999]
+    agent = start(tmp_path, *flags, ranks=1)
+    wait_for(lambda: steps_done(tmp_path / "run") > 2)
+    (tmp_path / "data/2.safetensors").unlink()
+    assert agent.wait(timeout=300) != 0
+    printed = (tmp_path / "printed").read_text()
+    assert len(re.findall(r"^error: loading data: .*2\.safetensors", printed, re.M)) == 1, printed
+    assert "_worker_loop" not in printed, printed
+
+
+def test_orphans_stop(tmp_path):
+    agent = start(tmp_path, "--steps", 5000, "--batch", 2)
+    wait_for(lambda: steps_done(tmp_path / "run") > 2)
+    ranks = workers_of(agent)
+    agent.kill()
+    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 60)
+
+
+def test_a_mistake_is_not_tried_again(tmp_path):
+    agent = start(tmp_path, "--config", "14b", agent=["--max-restarts=8"])
+    assert agent.wait(timeout=300) != 0
+    printed = (tmp_path / "printed").read_text()
+    assert 1 <= printed.count("error: no preset '14b'") <= 2 and "torchrun is stopped" in printed, printed
+
+
+@pytest.mark.parametrize("environment, told", [
+    (dict(SLURM_NTASKS="2"), "SLURM_NTASKS is 2, but there is no RANK"),
+    (dict(WORLD_SIZE="2"), "WORLD_SIZE is 2, but there is no RANK"),
+    (dict(RANK="0"), "RANK is 0, but there is no WORLD_SIZE and no MASTER_ADDR and no MASTER_PORT"),
+])  # fmt: skip
+def test_half_an_environment(environment, told):
+    with mock.patch.dict(os.environ, environment), pytest.raises(ValueError, match=told):
+        comm._check_launch()
+
+
+def test_the_order_of_checkpoints_is_a_counters(tmp_path):
+    """Not a clock's, which may be set back; and what lies beside a manifest's files is no part of a checkpoint."""
+    for serial, step in enumerate((4, 2)):
+        (tmp_path / f"step-{step}").mkdir()
+        save_file(dict(a=torch.ones(1)), tmp_path / f"step-{step}/a.safetensors")
+        files = {"a.safetensors": comm.checksum(tmp_path / f"step-{step}/a.safetensors")}
+        manifest = dict(step=step, tag="", serial=serial, saved=-3600.0 * serial, files=files)
+        comm.write_manifest(tmp_path / f"step-{step}", manifest)
+    assert [path.name for path, _ in manifests(tmp_path)] == ["step-2", "step-4"]
+    save_file(dict(b=torch.ones(1)), tmp_path / "step-2/b.safetensors")
+    with pytest.raises(ValueError, match="b.safetensors is not in its manifest"):
+        comm.read_manifest(tmp_path / "step-2")
+    for text in ("[" * 10**5, "7", json.dumps(manifest | dict(files={}))):
+        (tmp_path / "step-2/manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="manifest.json is not what was saved"):
+            comm.read_manifest(tmp_path / "step-2")
 
 
 FAULTS = """

@@ -43,6 +43,7 @@ from hunyuan_sp import (
     shift_sigma,
     text_fits,
     text_lengths,
+    weight_files,
 )
 from sampler import DPSPBatchSampler, seeded
 
@@ -127,11 +128,12 @@ def train(args):
         torch.use_deterministic_algorithms(True)
     config = get_config(args)
     data = build_data(config, args)
+    weights = fingerprint(weight_files(args.weights)) if args.weights else ""
 
     # who am I; which samples are mine; where did we stop
     pm = ParallelManager(args.dp, args.sp, args.device, args.timeout)
     batch_size = args.batch or (16 if args.config == "tiny" else pm.dp_size * args.accumulation)
-    pm.check_equal(vars(args) | dict(torch=torch.__version__, data=data.fingerprint()))
+    pm.check_equal(vars(args) | dict(torch=torch.__version__, data=data.fingerprint(), weight_files=weights))
     sampler = DPSPBatchSampler(
         len(data),
         batch_size,
