@@ -2100,9 +2100,10 @@ def test_kill_inside_a_save(tmp_path, kills=2):
 
 
 def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path):
-    agent, run = start(tmp_path, "--steps", 5000, "--batch", 2), tmp_path / "run"
+    """Signals reach whole process groups, and the processes that load data with them."""
+    agent, run = start(tmp_path, "--steps", 5000, "--batch", 2, "--workers", 1), tmp_path / "run"
     wait_for(lambda: steps_done(run) > 3)
-    os.kill(workers_of(agent)[1], signal.SIGUSR1)  # one rank is told, all save
+    os.killpg(workers_of(agent)[1], signal.SIGUSR1)  # one rank is told, all save
     wait_for(lambda: list(run.glob("step-*/manifest.json")))
     after = steps_done(run)
     wait_for(lambda: steps_done(run) > after)
