@@ -506,7 +506,7 @@ def check_three_steps(pm, folder, steps=5):
     def batches(rank, size, accumulation):
         sampler = DPSPBatchSampler(7, 5, rank, size, accumulation)
         while True:
-            batch = list(DataLoader(Ragged(), batch_sampler=sampler, collate_fn=collate))[:accumulation]
+            batch = list(DataLoader(Ragged(), batch_sampler=sampler, collate_fn=collate))[: sampler.micro_batches]
             yield [{k: v if k == "text_mask" else v.to(pm.device) for k, v in b.items()} for b in batch]
             sampler.advance()
 
@@ -549,7 +549,7 @@ def check_three_steps(pm, folder, steps=5):
             total = 0.0
             for m, batch in enumerate(micro):
                 loss = train_min.flow_loss(model, batch, 1.0, pm.sp_group, checkpointing) / count
-                pm.backward(model, loss, last=m == accumulation - 1)
+                pm.backward(model, loss, last=m == len(micro) - 1)
                 total += loss.detach()
             norm = pm.clip_grad_norm(model, 0.5)
             optimizer.param_groups[0]["lr"] = rate(step)
@@ -825,8 +825,10 @@ def worker(rank, world, layout, checks, folder, cuda):
 def spawn(layout, checks, folder, cuda=False):
     """Run checks, {name: options}, on a layout; the ranks' exit codes."""
     world, started = math.prod(map(int, layout.split("x"))), time.time()
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_sp", "torch._dynamo"])  # imported once, not by every rank
+    # forked from a process that has imported everything, which would break CUDA
+    context = torch.multiprocessing.get_context("spawn" if cuda else "forkserver")
+    if not cuda:
+        context.set_forkserver_preload(["test_sp", "torch._dynamo"])
     ranks = [context.Process(target=worker, args=(r, world, layout, checks, folder, cuda)) for r in range(world)]
     for process in ranks:
         process.start()
