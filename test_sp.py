@@ -32,6 +32,7 @@ import types
 import warnings
 import zipfile
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
@@ -745,6 +746,62 @@ def check_a_damaged_checkpoint_is_never_loaded(pm, folder):
     assert checkpoints.find("b")[0].name == "step-4"
 
 
+class HalfUsed(torch.nn.Module):
+    """Of its two layers one is used, or both."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x, both=False):
+        return self.a(x) + self.b(x) if both else self.a(x)
+
+
+class Counting(torch.optim.SGD):
+    def step(self):
+        super().step()
+        self.state[self.param_groups[0]["params"][0]]["count"] = 3.5
+
+
+def check_what_a_checkpoint_can_hold(pm, folder):
+    """A parameter that never had a gradient is saved, loaded, and trained then as if never saved. What can't be kept is
+    refused, and so is a disk that does not answer."""
+
+    def make():
+        torch.manual_seed(0)
+        model = HalfUsed().to(pm.device)
+        pm.shard(model, [model.a, model.b])
+        return model, torch.optim.AdamW(model.parameters(), 0.1)
+
+    def train_one(model, optimizer, both):
+        pm.backward(model, model(torch.ones(2, 4, device=pm.device), both).square().sum())
+        pm.step(optimizer)
+
+    checkpoints, (model, optimizer), (other, fresh) = Checkpoints(pm, folder / "half"), make(), make()
+    train_one(model, optimizer, both=False)
+    checkpoints.save(1, model, optimizer, {})
+    checkpoints.finish()
+    checkpoints.load(checkpoints.find()[0], other, fresh)
+    for pair in ((model, optimizer), (other, fresh)):
+        train_one(*pair, both=True)
+    assert equal(*([p.full_tensor() for p in m.parameters()] for m in (model, other)))
+
+    counting = Counting(model.parameters(), 0.1)
+    train_one(model, counting, both=True)
+    with pytest.raises(ValueError, match="state.a.weight.count is of type float: only tensors are saved"):
+        checkpoints.save(2, model, counting, {})
+    patience, pm.timeout = pm.timeout, timedelta(seconds=2)
+    checkpoints.save(3, model, optimizer, {})
+    pm.timeout, checkpoints._written = patience, Future()  # as if the disk hung
+    with pytest.raises(OSError, match="tmp-step-3 could not be written: .*not answered for 2 seconds"):
+        checkpoints.finish()
+    assert checkpoints.find()[0].name == "step-1"
+    lost = HalfUsed().to(pm.device)
+    lost.register_buffer("table", torch.ones(3, device="meta"), persistent=False)
+    with pytest.raises(ValueError, match="buffer table is on the meta device and in no state dict"):
+        pm.shard(lost, [lost.a])
+
+
 def load_checkpoint(path):
     assert path.is_dir()
     return {f"{f.name}/{k}": t for f in path.glob("*.safetensors") for k, t in load_file(f).items()}
@@ -791,6 +848,7 @@ ONLY = dict(  # where another layout would show nothing new
     wrong_gradients="1x3",
     noise_is_for_benchmarks="1x2",
     a_damaged_checkpoint_is_never_loaded="1x2 2x2",
+    what_a_checkpoint_can_hold="1x2",
     blocks_are_compiled_once="1x1 1x2 1x3",
 )
 NEEDED = {
