@@ -378,11 +378,14 @@ class Checkpoints:
                 try:
                     fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except (BlockingIOError, PermissionError):
+                except (BlockingIOError, PermissionError):  # a live run's
                     if time.monotonic() > until:
                         raise ValueError(
                             f"{self.folder} is in use by another run, {file.read_text().strip()}"
                         ) from None
+                except OSError as error:
+                    print(f"{self.folder} can't be locked ({error}): start no second run there", file=sys.stderr)
+                    break
                 time.sleep(0.1)
             told = f"process {os.getpid()} on {socket.gethostname()} since {time.time():.6f}"
             self._lock.truncate(0)
@@ -421,8 +424,9 @@ class Checkpoints:
 
         def read_back():  # in a thread, when all ranks have written: this rank's share of the files
             written.result()
-            files = sorted(temporary.glob("*.safetensors"))[manager.rank :: manager.world_size]
-            return {file.name: checksum(file) for file in files}
+            files = sorted(temporary.glob("*.safetensors"))
+            sums = {file.name: checksum(file) for file in files[manager.rank :: manager.world_size]}
+            return {file.name for file in files}, sums
 
         seconds = 0.9 * manager.timeout.total_seconds()  # sooner than the ranks that wait for this one
 
@@ -438,11 +442,15 @@ class Checkpoints:
             except OSError:  # on a full disk it takes what the next try needs
                 manager.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
                 raise
-            manager.on_main(partial(publish, {name: sums for part in parts for name, sums in part.items()}))
+            seen, sums = [names for names, _ in parts], {name: sums for _, part in parts for name, sums in part.items()}
+            manager.on_main(partial(publish, seen, sums))
 
-        def publish(files):
-            if len(files) != manager.world_size:
-                raise OSError(f"{temporary} holds the parts of {len(files)} of {manager.world_size} ranks")
+        def publish(seen, files):
+            for rank, names in enumerate(seen):  # a folder that not all share
+                if odd := sorted(names ^ set(files)):
+                    raise OSError(
+                        f"{temporary} is not the same on all ranks: {odd[0]} is not seen by all, rank {rank} among them"
+                    )
             # the order is a counter's: a clock may be set back
             serial = 1 + max([manifest["serial"] for _, manifest in manifests(self.folder) if manifest], default=0)
             order = dict(step=step, tag=tag, serial=serial, saved=time.time())

@@ -767,10 +767,10 @@ def check_what_a_checkpoint_can_hold(pm, folder):
     """A parameter that never had a gradient is saved, loaded, and trained then as if never saved. What can't be kept is
     refused, and so is a disk that does not answer."""
 
-    def make():
+    def make(shard_size=None):
         torch.manual_seed(0)
         model = HalfUsed().to(pm.device)
-        pm.shard(model, [model.a, model.b])
+        pm.shard(model, [model.a, model.b], shard_size=shard_size)
         return model, torch.optim.AdamW(model.parameters(), 0.1)
 
     def train_one(model, optimizer, both):
@@ -785,6 +785,14 @@ def check_what_a_checkpoint_can_hold(pm, folder):
     for pair in ((model, optimizer), (other, fresh)):
         train_one(*pair, both=True)
     assert equal(*([p.full_tensor() for p in m.parameters()] for m in (model, other)))
+
+    alone, other = make(1), make(1)  # replicated: a rank may have nothing to write
+    train_one(*alone, both=True)
+    replicas = Checkpoints(pm, folder / "replicas")
+    replicas.save(1, *alone, {})
+    replicas.finish()
+    replicas.load(replicas.find()[0], *other)
+    assert equal(*([p.full_tensor() for p in m.parameters()] for m, _ in (alone, other)))
 
     counting = Counting(model.parameters(), 0.1)
     train_one(model, counting, both=True)
