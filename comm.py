@@ -35,6 +35,7 @@ import time
 import traceback
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotInTime  # the builtin one from Python 3.11 on
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -433,7 +434,7 @@ class Checkpoints:
         def wait():
             try:
                 return self._written.result(seconds)
-            except TimeoutError:
+            except NotInTime:
                 raise OSError(f"the disk has not answered for {seconds:.0f} seconds") from None
 
         def complete():
