@@ -652,7 +652,9 @@ def run(main, folder, debug=False):
         if dist.is_initialized() and not lost:
             _say_and_wait("leaving", 5.0)  # others find the same fault soon; without rank 0 they would find another one
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        if restarts and os.environ.get("LOCAL_RANK") == "0" and isinstance(error, ValueError | FileNotFoundError):
+        if restarts and isinstance(
+            error, ValueError | FileNotFoundError
+        ):  # the first rank that ends asks, or it is too late
             print(
                 f"another try would end the same: torchrun is stopped, with --max-restarts {restarts}", file=sys.stderr
             )
