@@ -232,7 +232,7 @@ class ParallelManager:
         shard_size: HSDP, shard inside groups of so many neighbouring ranks, replicate across them.
         A model on the meta device is given (uninitialised) memory for its shards only.
         """
-        kept = {name for name, _ in model.state_dict(keep_vars=True).items()}
+        kept = set(model.state_dict())
         if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in kept]:
             raise ValueError(f"buffer {lost[0]} is on the meta device and in no state dict: nothing would ever fill it")
         shard_size = self.world_size if shard_size is None else shard_size
@@ -503,13 +503,13 @@ class Checkpoints:
         told, reader = f"{path} could not be loaded", dcp.HuggingFaceStorageReader(str(path))
         tensors, saved = _tensors(model, optimizer), _or_oserror(told, reader.read_metadata).state_dict_metadata
         # a parameter that never had a gradient has no state, there or here
+        stateful = {key.rpartition(".")[0] for key in saved}
         fresh = {
-            name: param
+            f"optimizer.state.{name}": param
             for name, param in (model.named_parameters() if optimizer else ())
-            if not any(key.startswith(f"optimizer.state.{name}.") for key in saved)
+            if f"optimizer.state.{name}" not in stateful
         }
-        absent = tuple(f"optimizer.state.{name}." for name in fresh)
-        wanted = {key: value for key, value in tensors.items() if not key.startswith(absent)} if absent else tensors
+        wanted = {key: value for key, value in tensors.items() if key.rpartition(".")[0] not in fresh}
         _or_oserror(told, partial(dcp.load, wanted, storage_reader=reader))
         if optimizer:
             state = get_optimizer_state_dict(model, optimizer, options=FLAT)

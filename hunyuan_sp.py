@@ -918,11 +918,9 @@ def _readers(source):
             return readers
         if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
             raise ValueError(f"{path} is none of .safetensors, .pt, .pth, .bin, .ckpt: other formats are not read")
-        if scales := path.with_name(f"{path.stem}_map{path.suffix}"):
-            if scales.exists():
-                raise ValueError(
-                    f"{path} is to be multiplied by the scales in {scales.name}: convert it to bfloat16 first"
-                )
+        scales = path.with_name(f"{path.stem}_map{path.suffix}")
+        if scales.exists():
+            raise ValueError(f"{path} is to be multiplied by the scales in {scales.name}: convert it to bfloat16 first")
         try:
             with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
