@@ -1967,6 +1967,8 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("infer --checkpoint {bad}/run --embeds {bad}/none.safetensors", "none.safetensors is not a readable safetensors file"),
     ("infer --checkpoint {bad}/run --embeds {bad}/lacking/a.safetensors", "expected text [L, 32] and pooled [32]"),
     ("infer --checkpoint {bad}/run --embeds {bad}/width/a.safetensors", "expected text [L, 32] and pooled [32]"),
+    ("infer --checkpoint {bad}/run --embeds {bad}/nan/a.safetensors", "nan/a.safetensors has values that are not finite"),
+    ("infer --checkpoint {bad}/run --cfg 1e38 --output {bad}/never", "the clip of 'a blue circle moves up' has values that are not"),
     ("infer --checkpoint {bad}/run --export {bad}/evil.pt", "evil.pt"),
     ("infer --weights {bad}/none --config tiny", "no weights at"),
     ("infer --config 13b --blocks 0,0 --frames 6", "frames 6 must be 4k+1"),
@@ -1979,6 +1981,7 @@ def bad_files(folder):
     good = dict(latents=torch.zeros(3, 1, 4, 4), text=torch.zeros(2, 32), pooled=torch.zeros(32))
     files = dict(odd=good | dict(latents=torch.zeros(3, 1, 5, 4)), width=good | dict(text=torch.zeros(2, 31)))
     files |= dict(masked=good | dict(text_mask=torch.ones(2)))
+    files |= dict(nan=dict(text=torch.full((2, 32), math.nan), pooled=torch.zeros(32)))
     files |= dict(lacking={k: v for k, v in good.items() if k != "pooled"}, index=dict(a=torch.zeros(1)))
     for name, tensors in files.items():
         (folder / name).mkdir()
@@ -2043,6 +2046,7 @@ def test_bad_input(tmp_path):
                 wrong.append(f"{line}: status {process.exitcode}, expected {told!r}:\n{text[-1500:]}")
     assert len(BAD) >= 60 and not wrong, "\n".join(wrong)
     assert not (tmp_path / "touched").exists(), "a pickle was opened"
+    assert not [*tmp_path.glob("never*")], "a clip that is not finite was written"
 
 
 @pytest.mark.parametrize("ranks, flags, told, sayers", [
@@ -2097,7 +2101,11 @@ def test_steps_without_finite_gradients_are_skipped(tmp_path):
         write_sample(tmp_path / f"data/{n}.safetensors", torch.full((3, 1, 4, 4), math.nan if n == 2 else 0.5))
     flags = ["train_min.py", "--data", tmp_path / "data", "--device", "cpu", "--batch", 2]
     code, printed = launch(*flags, "--steps", 4, "--out", tmp_path / "a", ranks=2, out=tmp_path)
-    assert code == 0 and [entry["skipped"] for entry in losses(tmp_path / "a")].count(True) == 2, printed
+    entries = losses(tmp_path / "a")
+    odd = str(tmp_path / "data/2.safetensors")
+    assert code == 0 and [entry["skipped"] for entry in entries].count(True) == 2, printed
+    assert all(entry.get("not_finite") == ([odd] if entry["skipped"] else None) for entry in entries), entries
+    assert printed.count(f"is skipped: {odd} has values that are not finite") == 2, printed
     assert all(w.isfinite().all() for w in load_checkpoint(tmp_path / "a" / "step-4").values())
     for n in (0, 1, 3):
         shutil.copy(tmp_path / "data/2.safetensors", tmp_path / f"data/{n}.safetensors")
@@ -2179,8 +2187,31 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path):
     agent.wait(timeout=300)
     done = steps_done(run)
     assert (run / f"step-{done}" / "manifest.json").is_file(), (tmp_path / "printed").read_text()[-3000:]
-    code, printed = launch("train_min.py", "--resume", "--steps", done + 1, "--batch", 2, "--out", run, out=tmp_path)
-    assert code == 0 and f"from step {done}" in printed, printed
+    agent = start(tmp_path, "--resume", "--steps", 5000, "--batch", 2)
+    wait_for(lambda: steps_done(run) > done + 1)
+    agent.send_signal(signal.SIGINT)  # Ctrl-C once
+    agent.wait(timeout=300)
+    printed, last = (tmp_path / "printed").read_text(), steps_done(run)
+    assert f"from step {done}" in printed and (run / f"step-{last}" / "manifest.json").is_file(), printed[-3000:]
+
+
+def test_ctrl_c_again_stops_at_once():
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    try:
+        asked, now = train_min.catch_signals(), time.monotonic()
+        with mock.patch.object(train_min, "failed_ranks", list), mock.patch.object(os, "_exit") as leave:
+            for seconds, left in (
+                (0, 0),
+                (0.5, 0),
+                (3, 1),
+            ):  # torchrun passes it on: the second is the first one's echo
+                with mock.patch.object(time, "monotonic", lambda seconds=seconds: now + seconds):
+                    signal.raise_signal(signal.SIGINT)
+                assert asked == dict(save=False, stop=True) and leave.call_count == left
+        leave.assert_called_with(130)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_one_run_a_folder(tmp_path):
@@ -2246,12 +2277,25 @@ def test_a_process_that_loads_data_ends_in_one_sentence(tmp_path):
     assert "_worker_loop" not in printed, printed
 
 
-def test_orphans_stop(tmp_path):
-    agent = start(tmp_path, "--steps", 5000, "--batch", 2)
-    wait_for(lambda: steps_done(tmp_path / "run") > 2)
+def test_orphans_stop_and_the_same_launch_goes_on(tmp_path):
+    """An agent is killed and replaced, with the same rendezvous id and a store of its own: its restart count is 0 again."""
+    meet = ["--nnodes=1", "--rdzv_backend=c10d", "--rdzv_id=again", "--nproc_per_node=2"]
+    run, flags = tmp_path / "run", ["--batch", 2, "--save_every", 2, "--device", "cpu", "--out", tmp_path / "run"]
+
+    def again(steps):
+        agent = [*meet, f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+        environment = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        return python("train_min.py", *flags, "--steps", steps, agent=agent, out=tmp_path / "printed", **environment)
+
+    agent = again(5000)
+    wait_for(lambda: list(run.glob("step-*")))
     ranks = workers_of(agent)
     agent.kill()
     wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 60)
+    done = max(manifest["step"] for _, manifest in manifests(run))
+    assert again(done + 2).wait(timeout=300) == 0
+    assert f"from step {done}" in (tmp_path / "printed").read_text()
+    assert [entry["step"] for entry in losses(run)] == list(range(1, done + 3))
 
 
 def test_a_mistake_is_not_tried_again(tmp_path):
@@ -2259,6 +2303,18 @@ def test_a_mistake_is_not_tried_again(tmp_path):
     assert agent.wait(timeout=300) != 0
     printed = (tmp_path / "printed").read_text()
     assert 1 <= printed.count("error: no preset '14b'") <= 2 and "torchrun is stopped" in printed, printed
+
+
+@pytest.mark.parametrize("error, told", [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"), "loading data: .*--shm-size=8g"),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to write to file </torch_7_8>"), "--shm-size=8g"),
+    (OSError(28, "No space left on device"), "(out|/dev/shm): .*No space left on device"),
+    (KeyboardInterrupt(), "^stopped from the keyboard$"),
+    (KeyError("a"), r"^KeyError: 'a' \(--debug shows where\)$"),
+])  # fmt: skip
+def test_what_ends_a_program_is_told_in_one_sentence(error, told):
+    sentence, lost = comm._told(error, "out")
+    assert re.search(told, sentence) and "\n" not in sentence and not lost
 
 
 @pytest.mark.parametrize("environment, told", [
