@@ -583,17 +583,18 @@ SHORT = "--steps 5 --warmup 2 --lr 1e-3 --batch 5 --accumulation 2 --caption_dro
 
 
 def check_loss_curve_and_resume(pm, folder, everyone=False):
-    """The same run on every layout. Its step 2 goes on here, and then that one's step 4; so does step 2 of the layout that
-    ran before (or of everyone)."""
+    """The same run on every layout. Its step 2 goes on here, and on two ranks then that one's step 4; so does step 2 of the
+    layout that ran before (or of everyone)."""
     own = folder / f"run-{pm.dp_size}x{pm.sp_size}"
     others = sorted((p for p in folder.glob("run-*") if p != own), key=lambda p: (p / "log.jsonl").stat().st_mtime)
     pm.together(lambda: None)  # until all have looked
     train(pm, *SHORT, "--out", str(own))
     sources = [(p / "step-2", f"from-{p.name}") for p in (others if everyone else others[-1:])]
-    for source, name in [*sources, (own / "step-2", "once"), (own / "once/step-4", "twice")]:
+    again = [(own / "step-2", "once", [3, 4, 5]), (own / "once/step-4", "twice", [5])][: 2 if pm.world_size == 2 else 1]
+    for source, name in [*sources, *((source, name) for source, name, _ in again)]:
         pm.on_main(lambda source=source, name=name: shutil.copytree(source, own / name / source.name) and None)
         train(pm, *SHORT, "--out", str(own / name), "--resume")
-    for name in ("once", "twice"):
+    for _, name, _ in again:
         assert equal(load_checkpoint(own / name / "step-5"), load_checkpoint(own / "step-5"))
 
     truth, ours = losses(others[0] if others else own), losses(own)
@@ -603,7 +604,7 @@ def check_loss_curve_and_resume(pm, folder, everyone=False):
             assert abs(a[key] - b[key]) <= 1e-5 * a[key], (a, b)
     # resumed: exactly where this layout saved it, to rounding where another one did
     foreign = [(name, [3, 4, 5], 1e-6) for _, name in sources]
-    for name, steps, tolerance in [("once", [3, 4, 5], 0), ("twice", [5], 0), *foreign]:
+    for name, steps, tolerance in [*((name, steps, 0) for _, name, steps in again), *foreign]:
         resumed = losses(own / name)
         assert [entry["step"] for entry in resumed] == steps
         for a, b in zip(ours[-len(steps) :], resumed):
@@ -626,17 +627,14 @@ def check_sampling(pm, folder):
 
 def check_noise_is_for_benchmarks(pm, folder):
     """A large model without data trains on noise: as many samples as ranks and micro-batches need, and nothing is saved."""
-    flags, out = "--config 13b --height 32 --width 48 --frames 5 --accumulation 2 --steps 2".split(), folder / "noise"
+    flags = "--config 13b --height 32 --width 48 --frames 5 --accumulation 2 --steps 1".split()
     out = folder / f"noise-{pm.dp_size}x{pm.sp_size}"
     with mock.patch.object(HunyuanConfig, "preset", lambda *_, **__: replace(CONFIG, in_channels=4)):
         printed = train(pm, *flags, "--out", str(out / "never"))
         train(pm, *flags, "--save_every", "1", "--out", str(out / "told"))
     assert not pm.is_main or f"global batch {2 * pm.dp_size}," in printed and "nothing saved" in printed, printed
     pm.together(lambda: None)
-    assert not [*(out / "never").glob("*step*")] and {p.name for p in (out / "told").glob("step*")} == {
-        "step-1",
-        "step-2",
-    }
+    assert not [*(out / "never").glob("*step*")] and [p.name for p in (out / "told").glob("*step*")] == ["step-1"]
 
 
 def check_bad_input_is_refused_on_every_rank(pm, folder):
@@ -855,7 +853,9 @@ CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) 
 ONLY = dict(  # where another layout would show nothing new
     wrong_gradients="1x3",
     noise_is_for_benchmarks="1x2",
-    a_damaged_checkpoint_is_never_loaded="1x2 2x2",
+    three_steps="1x1 1x2 2x1 1x3 2x2 1x5",
+    loss_curve_and_resume="1x1 1x2 2x1 1x3 2x2",
+    a_damaged_checkpoint_is_never_loaded="1x2",
     what_a_checkpoint_can_hold="1x2",
     blocks_are_compiled_once="1x1 1x2 1x3",
 )
@@ -1245,13 +1245,14 @@ def test_compiled_blocks_have_the_same_gradients():
     assert graphs[0] > 0 and set(graphs[1:]) == {graphs[1]}, f"recompiled: {graphs}"
 
 
+@torch._dynamo.config.patch(recompile_limit=3)
 def test_more_sizes_than_graphs():
-    """Dynamo compiles a function at most eight times, and sizes 0 and 1 apart: what comes then runs as it is.
+    """Dynamo compiles a function at most eight times (here three), and sizes 0 and 1 apart: what comes then runs as it is.
     It breaks at attention and nowhere else; and a copy of a compiled model computes with its own weights."""
     plain, compiled = random_model(CONFIG), random_model(CONFIG)
     with eager_compiler():
         compiled.compile_blocks()
-    for seed in range(32):
+    for seed in range(10):
         draw = random.Random(seed)
         latents, lengths = (draw.choice((1, 3)), 2, draw.choice((2, 6))), [draw.choice((1, 4))] * draw.choice((1, 2))
         inputs = random_inputs(CONFIG, latents, lengths, seed=seed)
@@ -1784,6 +1785,37 @@ def launch(*command, out, timeout=300, **more):
     return code, file.read_text()
 
 
+def one_rank(script, flags, rank, world, port, printed):
+    """A rank as torchrun would start it; what it prints goes to a file."""
+    if world > 1:
+        ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+        os.environ.update({name: str(value) for name, value in ranks.items()})
+    torch.set_num_threads(1)
+    os.chdir(HERE)
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1), os.dup2(file, 2)
+    module, main = dict(train=(train_min, train_min.train), infer=(infer_min, infer_min.infer))[script]
+    args = module.parse([*flags, "--device", "cpu"])
+    comm.run(partial(main, args), ".", args.debug)
+
+
+def fork(script, *flags, ranks=1, out):
+    """ "train" or "infer" with its flags, in processes forked from one that has imported everything, which saves seconds:
+    [(exit code, what it printed)] of each rank."""
+    context, port = torch.multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(["test_sp", "torch._dynamo"])
+    n, flags = len(list(out.glob("forked-*"))), [str(flag) for flag in flags]
+    printed = [out / f"forked-{n}.{rank}" for rank in range(ranks)]
+    work = [context.Process(target=one_rank, args=(script, flags, r, ranks, port, printed[r])) for r in range(ranks)]
+    for process in work:
+        process.start()
+    for process in work:
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+    return [(process.exitcode, file.read_text()) for process, file in zip(work, printed)]
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -1837,21 +1869,8 @@ def test_what_the_programs_write_is_ignored_by_git():
 
 def test_profile_names_what_is_in_it(tmp_path):
     """One Chrome trace a rank, of the last step alone, in which blocks, attention and exchanges go by their names."""
-    flags = [
-        "--steps",
-        "3",
-        "--batch",
-        "2",
-        "--sp",
-        "2",
-        "--profile",
-        "--device",
-        "cpu",
-        "--checkpointing",
-        "attention",
-    ]
-    code, printed = launch("train_min.py", *flags, "--out", tmp_path, ranks=2, out=tmp_path)
-    assert code == 0, printed
+    flags = "--steps 3 --batch 2 --sp 2 --profile --checkpointing attention --out".split()
+    assert [code for code, _ in fork("train", *flags, tmp_path, ranks=2, out=tmp_path)] == [0, 0]
     for rank in range(2):
         with gzip.open(tmp_path / f"trace-{rank}.json.gz") as file:
             events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
@@ -1968,7 +1987,7 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("infer --checkpoint {bad}/run --embeds {bad}/lacking/a.safetensors", "expected text [L, 32] and pooled [32]"),
     ("infer --checkpoint {bad}/run --embeds {bad}/width/a.safetensors", "expected text [L, 32] and pooled [32]"),
     ("infer --checkpoint {bad}/run --embeds {bad}/nan/a.safetensors", "nan/a.safetensors has values that are not finite"),
-    ("infer --checkpoint {bad}/run --cfg 1e38 --output {bad}/never", "the clip of 'a blue circle moves up' has values that are not"),
+    ("infer --checkpoint {bad}/run --shift 1e300 --output {bad}/never", "the clip of 'a blue circle moves up' has values that are not"),
     ("infer --checkpoint {bad}/run --export {bad}/evil.pt", "evil.pt"),
     ("infer --weights {bad}/none --config tiny", "no weights at"),
     ("infer --config 13b --blocks 0,0 --frames 6", "frames 6 must be 4k+1"),
@@ -2000,7 +2019,7 @@ def bad_files(folder):
     (folder / "evil" / "step-1").mkdir(parents=True)
     for name in (".metadata", "manifest.json"):
         (folder / "evil" / "step-1" / name).write_bytes(evil)
-    code, printed = launch("train_min.py", "--steps", 1, "--device", "cpu", "--out", folder / "run", out=folder)
+    ((code, printed),) = fork("train", "--steps", 1, "--out", folder / "run", out=folder)
     assert code == 0, printed
     shutil.copytree(folder / "run", folder / "damaged")
     file = next((folder / "damaged" / "step-1").glob("*.safetensors"))
@@ -2009,41 +2028,17 @@ def bad_files(folder):
     (folder / "linked" / "step-1").symlink_to(folder / "run" / "step-1")
 
 
-def one_rank(command, rank, port, printed):
-    """A rank as torchrun would start it, in a process that has imported everything; what it prints goes to a file."""
-    ranks = dict(
-        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-    )
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    os.chdir(printed.parent)
-    file = os.open(printed, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1), os.dup2(file, 2)
-    module, main = dict(train=(train_min, train_min.train), infer=(infer_min, infer_min.infer))[command[0]]
-    args = module.parse([*command[1:], "--device", "cpu"])
-    comm.run(partial(main, args), ".", args.debug)
-
-
 def test_bad_input(tmp_path):
     """Every row of BAD: status 1 on every rank, and the sentence alone; a warning of torch's would be seen here too."""
     bad_files(tmp_path)
-    context, wrong = torch.multiprocessing.get_context("forkserver"), []
-    context.set_forkserver_preload(["test_sp"])
+    wrong = []
     for n, (line, told) in enumerate(BAD):
-        port, command = free_port(), line.format(bad=tmp_path).split()
+        command = line.format(bad=tmp_path).split()
         command += ["--out", str(tmp_path / f"out-{n}")] if command[0] == "train" and "--out" not in command else []
-        printed = [tmp_path / f"{n}.{rank}" for rank in range(2)]
-        ranks = [context.Process(target=one_rank, args=(command, r, port, printed[r])) for r in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(120)
-            if process.exitcode is None:
-                process.kill()
-        for process, file in zip(ranks, printed):
-            text = file.read_text()
+        for code, text in fork(*command, ranks=2, out=tmp_path):
             lines = [x for x in text.splitlines() if not re.match(r"\[[WI]\d|\[Gloo\]|skipping ", x)]
-            if process.exitcode != 1 or len(lines) != 1 or not re.match(f"error: .*{re.escape(told)}", lines[0]):
-                wrong.append(f"{line}: status {process.exitcode}, expected {told!r}:\n{text[-1500:]}")
+            if code != 1 or len(lines) != 1 or not re.match(f"error: .*{re.escape(told)}", lines[0]):
+                wrong.append(f"{line}: status {code}, expected {told!r}:\n{text[-1500:]}")
     assert len(BAD) >= 60 and not wrong, "\n".join(wrong)
     assert not (tmp_path / "touched").exists(), "a pickle was opened"
     assert not [*tmp_path.glob("never*")], "a clip that is not finite was written"
@@ -2051,8 +2046,7 @@ def test_bad_input(tmp_path):
 
 @pytest.mark.parametrize("ranks, flags, told, sayers", [
     (3, "--sp 2", "world size 3 is not a multiple of sequence_parallel_size 2", 1),
-    (2, "--resume --out {tmp}", "no checkpoint in", 2),
-    (2, "--config 14b --debug", "no preset '14b'", 1),
+    (2, "--resume --out {tmp} --debug", "no checkpoint in", 2),
 ])  # fmt: skip
 def test_bad_input_under_torchrun(ranks, flags, told, sayers, tmp_path):
     """The sentence, of every rank where they have met; the cause that torchrun shows; a traceback only where asked for."""
@@ -2086,12 +2080,12 @@ def test_data_folder_and_damaged_checkpoint(tmp_path):
         write_sample(
             tmp_path / f"data/{n}.safetensors", torch.randn((3, 2, 4, 6) if n % 3 else (3, 1, 8, 4)), 1 + n % 4
         )
-    flags = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--batch", 2, "--workers", 1, "--device", "cpu"]
-    code, printed = launch("train_min.py", *flags, "--steps", 6, ranks=2, out=tmp_path)
-    assert code == 0 and len(losses(tmp_path / "out")) == 6, printed
+    flags = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--batch", 2, "--workers", 1]
+    told = fork("train", *flags, "--steps", 6, ranks=2, out=tmp_path)
+    assert [code for code, _ in told] == [0, 0] and len(losses(tmp_path / "out")) == 6, told
     file = next((tmp_path / "out" / "step-6").glob("*.safetensors"))
     file.write_bytes(flip(file.read_bytes(), -100))
-    code, printed = launch("train_min.py", *flags, "--steps", 8, "--resume", out=tmp_path)
+    ((code, printed),) = fork("train", *flags, "--steps", 8, "--resume", out=tmp_path)
     assert code != 0 and re.search(f"error: no whole checkpoint in .*{file.name} has another crc32", printed), printed
 
 
@@ -2099,8 +2093,8 @@ def test_steps_without_finite_gradients_are_skipped(tmp_path):
     """One sample of four is NaN: its step is left out on all ranks. Nothing but NaN: it stops with a sentence."""
     for n in range(4):
         write_sample(tmp_path / f"data/{n}.safetensors", torch.full((3, 1, 4, 4), math.nan if n == 2 else 0.5))
-    flags = ["train_min.py", "--data", tmp_path / "data", "--device", "cpu", "--batch", 2]
-    code, printed = launch(*flags, "--steps", 4, "--out", tmp_path / "a", ranks=2, out=tmp_path)
+    flags = ["train", "--data", tmp_path / "data", "--batch", 2]
+    (code, printed), _ = fork(*flags, "--steps", 4, "--out", tmp_path / "a", ranks=2, out=tmp_path)
     entries = losses(tmp_path / "a")
     odd = str(tmp_path / "data/2.safetensors")
     assert code == 0 and [entry["skipped"] for entry in entries].count(True) == 2, printed
@@ -2109,9 +2103,9 @@ def test_steps_without_finite_gradients_are_skipped(tmp_path):
     assert all(w.isfinite().all() for w in load_checkpoint(tmp_path / "a" / "step-4").values())
     for n in (0, 1, 3):
         shutil.copy(tmp_path / "data/2.safetensors", tmp_path / f"data/{n}.safetensors")
-    code, printed = launch(*flags, "--steps", 19, "--out", tmp_path / "b", out=tmp_path)
+    ((code, printed),) = fork(*flags, "--steps", 19, "--out", tmp_path / "b", out=tmp_path)
     assert code != 0 and "10 steps in a row, the last one 10, had no finite loss" in printed, printed
-    code, printed = launch(*flags, "--steps", 2, "--out", tmp_path / "c", out=tmp_path)
+    ((code, printed),) = fork(*flags, "--steps", 2, "--out", tmp_path / "c", out=tmp_path)
     assert code != 0 and "none of 2 steps had a finite loss" in printed, printed
 
 
@@ -2126,9 +2120,9 @@ def start(folder, *flags, ranks=2, script="train_min.py", agent=()):
     return python(script, *flags, agent=agent, out=folder / "printed")
 
 
-def test_kill_a_random_rank_and_go_on(tmp_path, kills=2):
+def test_kill_a_random_rank_and_go_on(tmp_path, kills=1):
     """kill -9 at random moments under --max-restarts: losses and final weights equal an undisturbed run's, bit for bit."""
-    steps, draw = 10 + 10 * kills, random.Random(kills)
+    steps, draw = 8 + 8 * kills, random.Random(kills)
     flags = ["--steps", steps, "--batch", 4, "--sp", 2, "--save_every", 2]
     (tmp_path / "calm").mkdir()
     assert start(tmp_path / "calm", *flags).wait(timeout=600) == 0
@@ -2136,7 +2130,7 @@ def test_kill_a_random_rank_and_go_on(tmp_path, kills=2):
     wait_for(lambda: list(run.glob("step-*")))
     for n in range(kills):
         # anywhere: at start, in a step, in a save; but never so late that the run might end before
-        until, due, victims = time.time() + draw.uniform(0, 8), steps_done(run) + draw.randint(1, 8), []
+        until, due, victims = time.time() + draw.uniform(0, 8), steps_done(run) + draw.randint(1, 6), []
         while len(victims) < 2 or (time.time() < until and steps_done(run) < due):
             time.sleep(0.05)
             victims = workers_of(agent)
@@ -2218,13 +2212,13 @@ def test_one_run_a_folder(tmp_path):
     """A second run with the same --out is refused while the first lives, and nothing of the first is touched."""
     first, run = start(tmp_path, "--steps", 5000, "--batch", 2, ranks=1), tmp_path / "run"
     wait_for(lambda: steps_done(run) > 2)
-    code, printed = launch("train_min.py", "--steps", 2, "--seed", 1, "--device", "cpu", "--out", run, out=tmp_path)
+    ((code, printed),) = fork("train", "--steps", 2, "--seed", 1, "--out", run, out=tmp_path)
     assert code == 1 and re.search("error: .*run is in use by another run, process ", printed), printed
     before = steps_done(run)
     wait_for(lambda: steps_done(run) > before > 2)
     first.kill()
     first.wait()
-    code, printed = launch("train_min.py", "--steps", 2, "--batch", 2, "--device", "cpu", "--out", run, out=tmp_path)
+    ((code, printed),) = fork("train", "--steps", 2, "--batch", 2, "--out", run, out=tmp_path)
     assert code == 0, printed
 
 
@@ -2383,8 +2377,7 @@ def test_a_fault_ends_the_job_and_names_the_rank(fault, told, tmp_path):
     assert steps_done(tmp_path / "run") == 3
 
 
-@pytest.mark.parametrize("kills, steps", [(0, 2), (1, 16)])
-def test_two_nodes(kills, steps, tmp_path):
+def test_two_nodes(tmp_path, kills=1, steps=12):
     """Two torchrun agents meet on loopback, and the exchange crosses between them; a killed rank is restarted on both, with
     the environment variable that the README asks for."""
     meet = [

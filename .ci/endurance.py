@@ -108,7 +108,7 @@ def adamw(folder):
 
 def nodes(folder):
     """10 kills, alternately on both."""
-    test_sp.test_two_nodes(10, 200, folder)
+    test_sp.test_two_nodes(folder, kills=10, steps=200)
 
 
 STREAM = """
