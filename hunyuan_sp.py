@@ -59,7 +59,11 @@ from comm import (
 
 @dataclass(frozen=True)
 class HunyuanConfig:
-    """hidden size C = num_heads * sum(rope_dims). in_channels is 16, or 33 / 32 for image-to-video by concatenation."""
+    """hidden size C = num_heads * sum(rope_dims).
+
+    image_condition_type, of image-to-video: "token_replace" (latent frame 0 is the image's, clean, and modulated as such) or
+    "latent_concat" (in_channels 33: noisy latents, the image's latents, a mask); None for text-to-video.
+    """
 
     num_heads: int = 24
     rope_dims: tuple = (16, 56, 56)  # of a head's dims: time, height, width
@@ -74,6 +78,7 @@ class HunyuanConfig:
     text_dim: int = 4096
     pooled_dim: int = 768
     guidance_embed: bool = True
+    image_condition_type: str | None = None
 
     @property
     def head_dim(self):
@@ -94,6 +99,7 @@ class HunyuanConfig:
     @classmethod
     def from_dict(cls, values):
         known = {f.name for f in fields(cls)}
+        values = dict(image_condition_type=None) | values  # checkpoints from before there was one
         if set(values) != known:
             raise ValueError(f"config fields differ: missing {known - set(values)}, unknown {set(values) - known}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -319,14 +325,20 @@ class TextEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """vec [B, C] -> `count` tensors [B, 1, C]: shift, scale and gate, once or twice."""
+    """vec [B, C] -> `count` tensors [B, 1, C]: shift, scale and gate, once or twice.
+
+    still: for token_replace, another vec [B, C] for the image's tokens, and which these are, [L, 1] -> tensors [B, L, C].
+    """
 
     def __init__(self, dim, count):
         super().__init__()
         self.linear, self.count = nn.Linear(dim, count * dim), count
 
-    def forward(self, vec):
-        return self.linear(F.silu(vec))[:, None].chunk(self.count, 2)
+    def forward(self, vec, still=None):
+        moving = self.linear(F.silu(vec))[:, None].chunk(self.count, 2)
+        if still is None:
+            return moving
+        return [torch.where(still[1], a, b) for a, b in zip(self(still[0]), moving)]
 
 
 class RefinerBlock(nn.Module):
@@ -383,8 +395,8 @@ class DoubleBlock(nn.Module):
         self.img_attn_proj, self.txt_attn_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.img_mlp, self.txt_mlp = MLP(dim, hidden, gelu), MLP(dim, hidden, gelu)
 
-    def forward(self, img, txt, vec, rope, attend):
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+    def forward(self, img, txt, vec, rope, attend, still=None):
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec, still)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
         # each stream its own q, k, v [B, S/P or L/P, H, D]
@@ -418,8 +430,8 @@ class SingleBlock(nn.Module):
         self.linear1, self.linear2 = nn.Linear(dim, 3 * dim + hidden), nn.Linear(dim + hidden, dim)
         self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
 
-    def forward(self, x, vec, rope, attend):
-        shift, scale, gate = self.modulation(vec)
+    def forward(self, x, vec, rope, attend, still=None):
+        shift, scale, gate = self.modulation(vec, still)
         widths = 3 * x.shape[2], self.linear1.out_features - 3 * x.shape[2]
         qkv, mlp = self.linear1(modulate(layer_norm(x), shift, scale)).split(widths, 2)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
@@ -506,18 +518,30 @@ class HunyuanVideo(nn.Module):
         start = sum(split_sizes(video, group)[: group_rank(group)])
         rope = rope_table(self.config, grid, start, start + img.shape[1], txt.shape[1], img.device)
         attend = partial(joint_attention, video=video, text=lengths, group=group, attention=self.attention)
+        still_img, still = self._still(timestep, pooled, grid, start, img.shape[1], txt.shape[1])
 
         for n, block in enumerate(self.double_blocks):
-            img, txt = run_one(f"double_block {n}", block, img, txt, vec, rope, attend)
+            img, txt = run_one(f"double_block {n}", block, img, txt, vec, rope, attend, still_img)
         x = torch.cat((img, txt), 1)
         for n, block in enumerate(self.single_blocks):
-            x = run_one(f"single_block {n}", block, x, vec, rope, attend)
+            x = run_one(f"single_block {n}", block, x, vec, rope, attend, still)
         out = self.final_layer(x[:, : img.shape[1]], vec)
 
         if not gather:
             return out.clone()  # FSDP2 wants no view from its modules
         # 64 numbers a token are cheaper to gather than 3072
         return unpatchify(gather_sequence(out, group, video), grid, self.config.patch_size)
+
+    def _still(self, timestep, pooled, grid, start, video, text):
+        """token_replace: what Modulation takes as `still`, for this rank's video tokens, and for them and its text.
+
+        The image is latent frame 0, the raster's first tokens. Its vec is of t = 0 and knows no guidance.
+        """
+        if self.config.image_condition_type != "token_replace":
+            return None, None
+        vec = self.time_in(torch.zeros_like(timestep)) + self.vector_in(pooled)
+        first = torch.arange(start, start + video, device=pooled.device)[:, None] < grid[1] * grid[2]
+        return (vec, first), (vec, torch.cat((first, first.new_zeros(text, 1))))
 
     @property
     def blocks(self):
@@ -1030,27 +1054,45 @@ def _write_shard(writes, folder, shards):
     shards[-1] = {}
 
 
+# a field of ours: the same in the config.json of diffusers' HunyuanVideoTransformer3DModel
+DIFFUSERS_FIELDS = dict(
+    num_heads="num_attention_heads",
+    rope_dims="rope_axes_dim",
+    rope_theta="rope_theta",
+    double_depth="num_layers",
+    single_depth="num_single_layers",
+    refiner_depth="num_refiner_layers",
+    mlp_ratio="mlp_ratio",
+    in_channels="in_channels",
+    out_channels="out_channels",
+    text_dim="text_embed_dim",
+    pooled_dim="pooled_projection_dim",
+    guidance_embed="guidance_embeds",
+    image_condition_type="image_condition_type",
+)
+
+
 def diffusers_config(config):
-    """The config.json of diffusers' HunyuanVideoTransformer3DModel."""
-    return dict(
-        _class_name="HunyuanVideoTransformer3DModel",
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        num_layers=config.double_depth,
-        num_single_layers=config.single_depth,
-        num_refiner_layers=config.refiner_depth,
-        mlp_ratio=config.mlp_ratio,
-        patch_size=config.patch_size[1],
-        patch_size_t=config.patch_size[0],
-        qk_norm="rms_norm",
-        guidance_embeds=config.guidance_embed,
-        text_embed_dim=config.text_dim,
-        pooled_projection_dim=config.pooled_dim,
-        rope_theta=config.rope_theta,
-        rope_axes_dim=list(config.rope_dims),
-    )
+    """HunyuanConfig -> what diffusers' config.json holds."""
+    time, side, _ = config.patch_size
+    theirs = {name: getattr(config, ours) for ours, name in DIFFUSERS_FIELDS.items()}
+    theirs |= dict(rope_axes_dim=list(config.rope_dims), attention_head_dim=config.head_dim, qk_norm="rms_norm")
+    return dict(_class_name="HunyuanVideoTransformer3DModel") | theirs | dict(patch_size=side, patch_size_t=time)
+
+
+def config_from_diffusers(file):
+    """config.json of diffusers -> HunyuanConfig. ValueError for a model that is not HunyuanVideo's."""
+    try:
+        theirs = dict(image_condition_type=None) | json.loads(Path(file).read_text())
+        ours = {name: theirs[key] for name, key in DIFFUSERS_FIELDS.items()}
+        config = HunyuanConfig.from_dict(ours | dict(patch_size=[theirs["patch_size_t"], *[theirs["patch_size"]] * 2]))
+        wrong = {key: value for key, value in diffusers_config(config).items() if theirs.get(key) != value}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is not the config of a HunyuanVideoTransformer3DModel ({error!r})") from None
+    if wrong:
+        told = ", ".join(f"{key} is {theirs.get(key)}, not {value}" for key, value in wrong.items())
+        raise ValueError(f"{file} is of another model: {told}")
+    return config
 
 
 # --------------------------------------------------------------------------------------------------------------------

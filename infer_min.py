@@ -1,49 +1,64 @@
-"""Sample from what train_min.py saved, or from released weights, under sequence parallelism.
+"""Prompts in, videos out, under sequence parallelism: from a released snapshot, or from what train_min.py saved.
 
-    $ torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"
+    $ torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"      # the toy that train_min.py trained
     $ torchrun --nproc_per_node=2 infer_min.py --score 20       # of 20 prompts: is the colour, is the direction right?
+    $ torchrun --nproc_per_node=2 infer_min.py --model SNAPSHOT --prompt "a cat walks on the grass"
+    $ torchrun --nproc_per_node=8 infer_min.py --model SNAPSHOT --prompts prompts.txt --sp 2 --output clips/
+    $ torchrun --nproc_per_node=2 infer_min.py --model I2V_SNAPSHOT --image first.png --prompt "the cat jumps"
     $ torchrun --nproc_per_node=4 infer_min.py --config 13b --weights transformer/ --embeds prompt.safetensors \\
-          --height 720 --width 1280 --frames 129 --steps 50 --shift 7 --guidance 6
+          --height 720 --width 1280 --frames 129
     $ python infer_min.py --export released/ --naming diffusers
 
-All ranks share each clip unless --sp says otherwise. The same seed gives the same clip on any number of ranks.
-In this order: flags, the Euler loop, the story, what it builds, looking at clips.
+All ranks share each clip unless --sp says otherwise. The same seed gives the same clip on any number of ranks. A clip that is
+there already, made by the same flags, is not made again.
+In this order: flags, the Euler loop, the story, what it builds, looking at clips; last what needs diffusers, transformers
+and av, the extra [pipeline]: text encoders, VAE, .mp4.
 """
 
 import argparse
+import contextlib
+import importlib.util
+import io
 import json
 import math
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
-from comm import Checkpoints, ParallelManager, fingerprint, run
+from comm import Checkpoints, ParallelManager, all_to_all, fingerprint, group_rank, group_size, run
 from hunyuan_sp import (
     NAMINGS,
     HunyuanConfig,
     HunyuanVideo,
+    config_from_diffusers,
     forward_flops,
     guidance_input,
     init_weights,
     latent_shape,
     load_weights,
+    open_safetensors,
     read_text,
     save_weights,
     shift_sigma,
     weight_files,
-    write_safetensors,
 )
 from sampler import seeded
-from train_min import Clock, Shapes, add_common_flags, check_flags, compute_dtype, get_config
+from train_min import Clock, Shapes, add_common_flags, check_flags, compute_dtype, get_config, printed_time
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
+    flag("--model", help="folder of a released snapshot, diffusers layout: prompts become .mp4 (the extra [pipeline])")
     flag("--prompt", action="append", help="what to show; may be given several times")
+    flag("--prompts", help="a text file with one prompt a line")
     flag("--negative_prompt", default="", help="what to steer away from, where --cfg is over 1")
-    flag("--embeds", help=".safetensors with text [L, 4096] and pooled [768], in place of --prompt")
+    flag("--image", help="the first frame, for image-to-video snapshots")
+    flag("--embeds", action="append", help=".safetensors with text [L, 4096] and pooled [768], in place of a --prompt")
     flag("--negative_embeds", help="the same for the negative prompt")
     flag("--score", type=int, help="sample so many prompts and measure colour and direction in the pixels")
     flag("--checkpoint", default="out", help="the --out folder of train_min.py")
@@ -51,16 +66,20 @@ def parse(argv=None):
     flag("--sp", "--sequence_parallel_size", type=int, help="ranks that share a clip (default: all)")
     flag("--dp", "--data_parallel_size", type=int, help="groups that sample other prompts (default: world size / sp)")
     flag("--shard", action="store_true", help="FSDP2, for weights that do not fit one GPU")
-    flag("--steps", type=int, default=20, help="Euler steps")
-    flag("--shift", type=float, help="flow shift (default 4; 13b: 7)")
+    flag("--steps", type=int, default=20, help="Euler steps (default 20; --model: 50)")
+    flag("--shift", type=float, help="flow shift (default 4; 13b: 7; --model: its scheduler's)")
     flag("--guidance", type=float, default=6.0, help="embedded guidance scale, for models that have it")
     flag("--cfg", type=float, default=1.0, help="true classifier-free guidance scale, two passes in one batch")
     flag("--seed", type=int, default=0, help="of the noise")
-    flag("--output", default="clip", help="name of the files written: NAME.safetensors, and NAME.gif with Pillow")
+    flag("--output", default="clip", help="name of the files written, without ending; with a / at its end a folder")
     flag("--export", help="write the weights to this folder instead of sampling")
     flag("--naming", choices=NAMINGS, default="original", help="of --export")
     add_common_flags(p)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.model:  # the release's own
+        p.set_defaults(steps=50, height=720, width=1280, frames=129)
+        args = p.parse_args(argv)
+    return args
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -68,24 +87,52 @@ def parse(argv=None):
 
 
 @torch.no_grad()
-def sample(model, latents, text, pooled, steps, shift, guidance=None, group=None, negative=None, cfg=1.0, clock=None):
+def sample(
+    model,
+    latents,
+    text,
+    pooled,
+    steps,
+    shift,
+    guidance=None,
+    group=None,
+    negative=None,
+    cfg=1.0,
+    clock=None,
+    image=None,
+):
     """Noise [B, C, T, h, w] -> clip. The state stays in the latents' dtype, whatever the model computes in.
 
     text: B tensors [L_b, text_dim]; pooled [B, pooled_dim]; guidance: embedded scale. negative: (text, pooled) of the same
     form, used where cfg > 1: velocity = negative + cfg (positive - negative), both in one ragged batch.
+    image: latents [B, C, 1, h, w] of the first frame, for image-to-video models.
     """
-    batch, true_cfg = len(latents), negative is not None and cfg > 1
+    batch, true_cfg, kind = len(latents), negative is not None and cfg > 1, model.config.image_condition_type
+    if (image is None) != (kind is None):
+        raise ValueError(
+            f"the model's image_condition_type is {kind}, and an image was {'not ' * (image is None)}given"
+        )
     if true_cfg:
         text, pooled = [*negative[0], *text], torch.cat((negative[1], pooled))
     lengths, padded = [len(t) for t in text], torch.nn.utils.rnn.pad_sequence(text, batch_first=True)
     scale = guidance_input(guidance, len(text), latents.device) if model.config.guidance_embed else None
+    if kind:
+        noise = torch.tensor(0.999).to(latents)  # in float32 the image's share is 0.00100005
+        latents = noise * latents + (1 - noise) * image
+    beside = latents[:, :0]  # what else the model is told of each place
+    if kind == "latent_concat":
+        beside = torch.zeros_like(torch.cat((latents, latents[:, :1]), 1))
+        beside[:, :-1, :1], beside[:, -1, 0] = image, 1
     sigmas = sigma_schedule(steps, shift)
     for now, then in zip(sigmas.tolist(), sigmas[1:].tolist()):
         if clock:
             clock.start()
+        if kind == "token_replace":
+            latents = torch.cat((image, latents[:, :, 1:]), 2)
         t = torch.full((len(text),), 1000 * now, device=latents.device)
-        both = torch.cat((latents, latents)) if true_cfg else latents
-        velocity = model(both, t, padded, lengths, pooled, scale, group=group).to(latents.dtype)
+        told = torch.cat((latents, beside), 1)
+        velocity = model(told.repeat(1 + true_cfg, 1, 1, 1, 1), t, padded, lengths, pooled, scale, group=group)
+        velocity = velocity.to(latents.dtype)
         if true_cfg:
             away, towards = velocity.split(batch)
             velocity = away + cfg * (towards - away)
@@ -93,7 +140,7 @@ def sample(model, latents, text, pooled, steps, shift, guidance=None, group=None
         if clock:
             video = latents[0, 0].numel() // math.prod(model.config.patch_size)
             clock.stop(batch * video, sum(forward_flops(model.config, video, length) for length in lengths))
-    return latents
+    return torch.cat((image, latents[:, :, 1:]), 2) if kind == "token_replace" else latents
 
 
 def sigma_schedule(steps, shift):
@@ -106,57 +153,96 @@ def sigma_schedule(steps, shift):
 
 
 def infer(args):
-    """Build the model, sample every prompt, write the clips. Gives back the ParallelManager."""
+    """Encode the prompts, build the model, sample every clip, decode and write it. Gives back the ParallelManager."""
     check_flags(args, "steps score", 1)
     check_flags(args, "shift", 1e-9)
     check_flags(args, "cfg guidance", 0.0)
     check_flags(args, "seed", 0, 2**62)
+    snapshot = Snapshot(args) if args.model else None
+    if snapshot:
+        args.weights, args.shift = args.weights or str(snapshot.folder / "transformer"), args.shift or snapshot.shift
     args.config = args.config or ("13b" if args.weights else None)
-    config = get_config(args) if args.config else None  # else the checkpoint's
+    config = snapshot.config if snapshot else get_config(args) if args.config else None  # else the checkpoint's
     if config and config.out_channels != 3:
         latent_shape(config, args.height, args.width, args.frames)  # a size that can't be is told before the ranks meet
     files = [*weight_files(args.weights)] if args.weights else []
-    files += [file for file in (args.embeds, args.negative_embeds) if file and Path(file).is_file()]
-    pm = ParallelManager(args.dp, args.sp, args.device)
-    pm.check_equal(vars(args) | dict(torch=torch.__version__, files=fingerprint(files)))
-    model = build_model(config, pm, args)
-    config, toy = model.config, model.config.out_channels == 3
-    if args.export:
-        return export(pm, model, args)
+    files += [file for file in (*(args.embeds or ()), args.negative_embeds, args.prompts, args.image) if file]
+    files = fingerprint(file for file in files if Path(file).is_file())
 
-    prompts, negative = read_prompts(args, config)
+    pm = ParallelManager(args.dp, args.sp, args.device)
+    pm.check_equal(vars(args) | dict(torch=torch.__version__, files=files))
+    checkpoints, path, stages = Checkpoints(pm, args.checkpoint), None, Stages(pm)
+    if config is None:
+        path, state = checkpoints.find()
+        config = HunyuanConfig.from_dict(state["config"])
+    if args.export:
+        return export(pm, build_model(config, pm, args, checkpoints, path), args)
+    toy = config.out_channels == 3
+    prompts = read_prompts(args, config)
+    clips = [Clip(args, n, prompt, len(prompts), files) for n, prompt in enumerate(prompts)]
+    pm.on_main(lambda: clips[0].file("").parent.mkdir(parents=True, exist_ok=True))
+    real = bool(args.weights)  # a toy or a benchmark is made each time
+    todo = pm.on_main(lambda: [clip for clip in clips if not (real and clip.is_made())])
+    if pm.is_main and len(todo) < len(clips):
+        print(f"{len(clips) - len(todo)} of {len(clips)} clips are there already, made by these flags", flush=True)
+    mine = todo[pm.dp_rank :: pm.dp_size]
+    rounds = -(-len(todo) // pm.dp_size)
+    mine += todo[-1:] * (rounds - len(mine))  # every rank takes the same number of steps, also with nothing to do
+    if not todo:
+        return pm
+
+    if snapshot:
+        with stages("encode"):
+            texts, negative, image = snapshot.encode(pm, args, [clip.prompt for clip in todo], {c.prompt for c in mine})
+    else:
+        texts, negative, image = embed_prompts(args, config, mine)
+    with stages("load"):
+        model = build_model(config, pm, args, checkpoints, path)
+        vae = snapshot.vae(pm.device) if snapshot else None
     shape = Shapes.CLIP_SHAPE if toy else latent_shape(config, args.height, args.width, args.frames)
     shift, right = args.shift or (4.0 if toy else 7.0), [0, 0, 0]
     traces = f"{args.output}-trace" if args.profile else None
-    clock = Clock(pm, args.steps, traces, profiled=args.profile or not toy, wait=True)
-    for first in range(0, len(prompts), pm.dp_size):
-        # every rank takes the same number of steps, also with nothing to do
-        n = min(first + pm.dp_rank, len(prompts) - 1)
-        (title, text, pooled), surplus = prompts[n], first + pm.dp_rank > n
-        noise = torch.randn((1, *shape), generator=seeded("sample", args.seed, n))
-        inputs = [noise.to(pm.device), [text.to(pm.device)], pooled.to(pm.device)[None]]
-        away = [negative[0].to(pm.device)], negative[1].to(pm.device)[None]
-        rules = (args.steps, shift, args.guidance, pm.sp_group, away, args.cfg)
-        clip = sample(model, *inputs, *rules, clock=clock if first == 0 else None)[0].cpu()
-        pm.together(partial(check_clip, clip, title))
-        if surplus:
-            continue
-        if args.score:
-            colour, direction = Shapes.measure(clip)
-            right = [right[0] + 1, right[1] + (colour in title), right[2] + title.endswith(direction)]
-        if pm.sp_rank == 0:
-            show(clip, title, args.output + (f"-{n}" if len(prompts) > 1 else ""), draw=toy and not args.score)
+    clock = Clock(pm, args.steps, traces, profiled=args.profile or not (toy or real), wait=True)
+    bar = Bar(pm, clock, rounds * args.steps, len(todo)) if real else clock
+    away = [negative[0].to(pm.device)], negative[1].to(pm.device)[None]
+    for first, clip in enumerate(mine):
+        text, pooled = (x.to(pm.device) for x in texts[clip.prompt])
+        noise = torch.randn((1, *shape), generator=seeded("sample", args.seed, clip.n)).to(pm.device)
+        rules = (
+            args.steps,
+            shift,
+            args.guidance,
+            pm.sp_group,
+            away,
+            args.cfg,
+            clock if first and not real else bar,
+            image,
+        )
+        with stages("denoise"):
+            latents = sample(model, noise, [text], pooled[None], *rules)[0]
+        pm.together(partial(check_clip, latents, clip.prompt))
+        with stages("decode"):
+            pixels = decode(vae, latents, pm.sp_group) if vae else None
+            if pixels is not None and config.image_condition_type == "latent_concat":
+                pixels = pixels[:, 4:]  # the image itself
+        latents, surplus = latents.cpu(), first * pm.dp_size + pm.dp_rank >= len(todo)
+        if args.score and not surplus:
+            colour, direction = Shapes.measure(latents)
+            right = [right[0] + 1, right[1] + (colour in clip.prompt), right[2] + clip.prompt.endswith(direction)]
+        with stages("write"):
+            writes = pm.sp_rank == 0 and not surplus
+            pm.together(partial(clip.write, latents, pixels, toy and not args.score) if writes else lambda: None)
     if args.score:
         total, colours, directions = (pm.sum(float(count)).item() / pm.sp_size for count in right)
         if pm.is_main:
             print(f"of {total:.0f} prompts, the colour is right in {colours:.0f} and the direction in {directions:.0f}")
     elif pm.is_main and not toy:
-        print(json.dumps(clock.report()), flush=True)
+        print(json.dumps(clock.report() | stages.report()), flush=True)
     return pm
 
 
-def check_clip(clip, title):
-    if not clip.isfinite().all():
+def check_clip(latents, title):
+    if not latents.isfinite().all():
         raise ValueError(f"the clip of {title!r} has values that are not finite: nothing is written")
 
 
@@ -164,21 +250,16 @@ def check_clip(clip, title):
 # what it builds
 
 
-def build_model(config, pm, args):
-    """Trained (config is None), released or random weights; plain tensors on every rank, or sharded."""
-    trained = config is None
-    if trained:
-        checkpoints = Checkpoints(pm, args.checkpoint)
-        path, state = checkpoints.find()
-        config = HunyuanConfig.from_dict(state["config"])
+def build_model(config, pm, args, checkpoints, path):
+    """Trained (path: its checkpoint), released or random weights; plain tensors on every rank, or sharded."""
     dtype = compute_dtype(args, pm.device)
     with torch.device("meta"):
         model = HunyuanVideo(config, args.attention).requires_grad_(False)
     if args.shard:
         pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype)
     else:
-        model = (model if trained else model.to(dtype)).to_empty(device=pm.device)
-    if trained:
+        model = (model if path else model.to(dtype)).to_empty(device=pm.device)
+    if path:
         checkpoints.load(path, model)
     elif args.weights:
         load_weights(model, args.weights)
@@ -199,46 +280,154 @@ def export(pm, model, args):
 
 
 def read_prompts(args, config):
-    """[(title, text, pooled)], and the negative (text, pooled). ValueError where words alone will not do.
+    """The prompts, or the files of embeds in their place. ValueError where words alone will not do.
 
-    Only the toy and random weights (a benchmark) take hashed words for an embedding.
+    Only a snapshot's encoders understand words; the toy and random weights (a benchmark) take hashed ones.
     """
     toy, random = config.out_channels == 3, bool(args.config and not args.weights)
+    words = [*(args.prompt or ()), *_lines(args.prompts)]
     if args.score and not toy:
         raise ValueError(f"--score reads pixels, this model gives {config.out_channels} latent channels")
-    if args.embeds and (args.prompt or args.score):
-        raise ValueError("--embeds takes the place of --prompt and --score: give one of them")
-    if not args.embeds and not toy and not random:
-        raise ValueError("a --prompt is only hashed here, which these weights do not understand: give --embeds")
+    if args.embeds and (words or args.score):
+        raise ValueError("--embeds takes the place of --prompt, --prompts and --score: give one of them")
+    if not args.embeds and not toy and not random and not args.model:
+        raise ValueError(
+            "a --prompt is only hashed here, which these weights do not understand: give --embeds, or --model SNAPSHOT"
+        )
     if args.embeds and args.cfg > 1 and not args.negative_embeds:
         raise ValueError(f"--cfg {args.cfg} with --embeds needs --negative_embeds")
-    negative = Shapes.embed(args.negative_prompt, config)
-    if args.negative_embeds:
-        negative = read_text(args.negative_embeds, config)
-    if args.embeds:
-        return [(args.embeds, *read_text(args.embeds, config))], negative
-    prompts = args.prompt or ["a blue circle moves up"]
+    if args.model and not args.embeds and not words:
+        raise ValueError("--model needs a --prompt, --prompts or --embeds")
     if args.score:
         captions = Shapes.captions()
         order = torch.randperm(len(captions), generator=seeded("score", args.seed)).tolist()
-        prompts = [captions[order[n % len(order)]] for n in range(args.score)]
-    return [(prompt, *Shapes.embed(prompt, config)) for prompt in prompts], negative
+        return [captions[order[n % len(order)]] for n in range(args.score)]
+    return args.embeds or words or ["a blue circle moves up"]
+
+
+def _lines(file):
+    """The lines of a text file that hold something."""
+    if not file:
+        return []
+    try:
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts {file} is not a text file: {error}") from None
+    if not any(lines):
+        raise ValueError(f"--prompts {file} is empty")
+    return [line for line in lines if line]
+
+
+def embed_prompts(args, config, clips):
+    """{prompt: (text, pooled)}, the negative (text, pooled), no image: without a snapshot's encoders."""
+    read = partial(read_text, config=config) if args.embeds else partial(Shapes.embed, config=config)
+    negative = read_text(args.negative_embeds, config) if args.negative_embeds else None
+    return (
+        {clip.prompt: read(clip.prompt) for clip in clips},
+        negative or Shapes.embed(args.negative_prompt, config),
+        None,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# looking at a clip [3, T, h, w] of pixels in -1..1
+# what the user sees
 
 
-def show(clip, title, name, draw):
-    """Write the clip's files, and draw it."""
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(dict(latents=clip.contiguous()), f"{name}.safetensors")
-    written = f"{name}.safetensors"
-    if len(clip) == 3:
-        written += f", {name}.gif" if write_gif(clip, f"{name}.gif") else " (a GIF too with Pillow: the extra [video])"
-    if draw:
-        print(f"{title}\n{colour_blocks(clip)}")
-    print(f"{title}: wrote {written}", flush=True)
+class Clip:
+    """One clip to be: its prompt, its number, the flags that decide what is in it, its files."""
+
+    OUTSIDE = (
+        "output embeds prompt prompts dp sp shard device compile attention profile debug export naming score".split()
+    )
+
+    def __init__(self, args, n, prompt, count, files):
+        self.prompt, self.n, self.frames = prompt, n, args.frames
+        self.name = f"{args.output}{n:04d}" if args.output.endswith("/") else args.output + f"-{n}" * (count > 1)
+        self.endings = (".mp4", ".safetensors") if args.model else (".safetensors",)
+        made_by = {k: v for k, v in vars(args).items() if k not in self.OUTSIDE} | dict(prompt=prompt, n=n, files=files)
+        self.made_by = json.dumps(made_by, sort_keys=True)
+
+    def file(self, ending):
+        return Path(self.name + ending)
+
+    def is_made(self):
+        """Whether it is there, whole, and made by the same flags."""
+        if not all(self.file(ending).is_file() for ending in self.endings):
+            return False
+        try:
+            with open_safetensors(self.file(".safetensors")) as handle:
+                return (handle.metadata() or {}).get("made_by") == self.made_by
+        except ValueError:
+            return False
+
+    def write(self, latents, pixels, draw):
+        """Write the clip's files, each whole or not at all, and draw it. pixels: [3, F, H, W] of a VAE, if there was one."""
+        data = safetensors.torch.save(dict(latents=latents.contiguous()), dict(format="pt", made_by=self.made_by))
+        files = {".safetensors": data}
+        if pixels is not None:
+            frames = to_bytes(pixels)
+            files |= {".png": strip(frames), ".mp4": mp4(frames)}  # .mp4 last: it says that all is there
+        elif len(latents) == 3:
+            files |= {".gif": gif(latents)}
+        for ending, data in files.items():
+            if data:
+                temporary = self.file("").with_name(f".{self.file('').name}.part")
+                temporary.write_bytes(data)
+                temporary.replace(self.file(ending))
+        if draw:
+            print(f"{self.prompt}\n{colour_blocks(latents)}")
+        told = "" if files.get(".gif", True) else " (a GIF too with Pillow: the extra [video])"
+        print(f"{self.prompt}: wrote {', '.join(str(self.file(e)) for e, d in files.items() if d)}{told}", flush=True)
+
+
+class Stages:
+    """Seconds and peak memory of what is done under `with stages(name)`, on this rank."""
+
+    def __init__(self, pm):
+        self.pm, self.told = pm, {}
+
+    @contextlib.contextmanager
+    def __call__(self, name):
+        cuda, began = self.pm.device.type == "cuda", time.perf_counter()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0  # synchronises
+        seconds, most = self.told.get(name, (0.0, 0.0))
+        self.told[name] = seconds + time.perf_counter() - began, max(most, gib)
+
+    def report(self):
+        return {name: dict(s=round(seconds, 2), gib=round(gib, 2)) for name, (seconds, gib) in self.told.items()}
+
+
+class Bar:
+    """One line over all rounds and steps that updates in place; the first round is timed by `clock`. Only rank 0 speaks."""
+
+    def __init__(self, pm, clock, steps, clips):
+        self.pm, self.clock, self.steps, self.clips, self.done, self.spent = pm, clock, steps, clips, 0, 0.0
+
+    def start(self):
+        self.began = time.perf_counter()
+        if self.done < self.clock.steps:
+            self.clock.start()
+
+    def stop(self, tokens, flops):
+        if self.done < self.clock.steps:
+            self.clock.stop(tokens, flops)
+        self.done += 1
+        self.spent += time.perf_counter() - self.began
+        per_step, per_clip = self.spent / self.done, self.clock.steps
+        round_now, step = divmod(self.done - 1, per_clip)
+        line = (
+            f"clip {min(round_now * self.pm.dp_size + 1, self.clips)} of {self.clips} · step {step + 1}/{per_clip} · "
+            f"{per_step:.2f} s/step · {printed_time(per_step * (self.steps - self.done))} left"
+        )
+        if not self.pm.is_main:
+            return
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="\n" if step + 1 == per_clip else "", flush=True)
+        elif step % max(1, per_clip // 4) == 0 or step + 1 == per_clip:
+            print(line, flush=True)
 
 
 def colour_blocks(clip):
@@ -255,22 +444,317 @@ def colour_blocks(clip):
     return "\n".join(lines)
 
 
-def write_gif(clip, path, zoom=16):
-    """Needs Pillow (the extra [video]); False without it."""
+def gif(clip, zoom=16):
+    """The bytes of a .gif. Needs Pillow (the extra [video]); None without it."""
     try:
         from PIL import Image
     except ImportError:
-        return False
-    pixels = to_bytes(clip)
+        return None
+    pixels, data = to_bytes(clip), io.BytesIO()
     size = (pixels.shape[2] * zoom, pixels.shape[1] * zoom)
     frames = [Image.fromarray(frame.numpy()).resize(size, Image.Resampling.NEAREST) for frame in pixels]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=300, loop=0)
-    return True
+    frames[0].save(data, format="gif", save_all=True, append_images=frames[1:], duration=300, loop=0)
+    return data.getvalue()
 
 
 def to_bytes(clip):
-    """[3, T, h, w] in -1..1 -> [T, h, w, 3] in 0..255."""
-    return ((clip.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous()
+    """[3, F, H, W] in -1..1 -> [F, H, W, 3] in 0..255, rounded, on the CPU."""
+    frames = [(frame / 2 + 0.5).clamp(0, 1).cpu().float().mul(255).round().byte() for frame in clip.unbind(1)]
+    return torch.stack(frames).permute(0, 2, 3, 1).contiguous()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the VAE's tiles, shared out over the ranks of an sp group
+
+
+@torch.no_grad()
+def decode(vae, latents, group=None):
+    """latents [16, T, h, w], equal on all ranks of the group -> pixels [3, F, H, W] on its first rank, None on the others.
+
+    Tiles, blending and result are those of diffusers' AutoencoderKLHunyuanVideo after enable_tiling(). One rank decodes a
+    tile, by itself, so that the frames are the same from any number of ranks.
+    """
+    rank, z = group_rank(group), (latents.to(vae.dtype) / vae.config.scaling_factor)[None]
+    times, rows, columns = plan = decode_plan(vae, latents.shape[1:])
+    tiles = [(t, y, x) for t in times for y in rows for x in columns]
+    shapes = [(3, *(n * (b - a - first) + first for n, first, (a, b) in zip((4, 8, 8), (1, 0, 0), t))) for t in tiles]
+    sizes = [math.prod(shape) for shape in shapes]
+    owners, counts = share_out(sizes, group_size(group))
+    mine, place = z.new_empty(1, counts[rank]), 0
+    for tile, size, owner in zip(tiles, sizes, owners):
+        if owner == rank:
+            (t0, t1), (y0, y1), (x0, x1) = tile
+            part = z[:, :, t0:t1, y0:y1, x0:x1]
+            mine[0, place : place + size] = vae.decoder(vae.post_quant_conv(part)).flatten()
+            place += size
+    everything = all_to_all(mine, group, 0, 1, [1] + [0] * (len(counts) - 1), counts)  # all of it to the first rank
+    if rank > 0:
+        return None
+    order = sorted(range(len(tiles)), key=lambda n: owners[n])  # as they arrive: rank by rank
+    parts = dict(zip(order, everything[0].split([sizes[n] for n in order])))
+    decoded = {tile: parts[n].view(shape) for n, (tile, shape) in enumerate(zip(tiles, shapes))}
+    return blend_tiles(vae, plan, decoded)[
+        :, : 4 * latents.shape[1] - 3, : 8 * latents.shape[2], : 8 * latents.shape[3]
+    ]
+
+
+def decode_plan(vae, shape):
+    """The spans (start, stop) that cut latents (T, h, w): in time, in height, in width."""
+
+    def spans(length, tile, stride, several):
+        return [(a, min(a + tile, length)) for a in range(0, length, stride)] if several else [(0, length)]
+
+    T, h, w = shape
+    frames, every = vae.tile_sample_min_num_frames // 4, vae.tile_sample_stride_num_frames // 4
+    tiles = vae.tile_sample_min_height // 8, vae.tile_sample_min_width // 8
+    strides = vae.tile_sample_stride_height // 8, vae.tile_sample_stride_width // 8
+    several = h > tiles[0] or w > tiles[1]
+    times = spans(T, frames + 1, every, T > frames)
+    # each but the first loses the first frame that it gives: of a single latent frame nothing is left
+    times = [(a, b) for a, b in times if a == 0 or b - a > 1]
+    return times, spans(h, tiles[0], strides[0], several), spans(w, tiles[1], strides[1], several)
+
+
+def share_out(sizes, ranks):
+    """Largest first, each to the rank with the least so far: (the owner of each, what each rank has)."""
+    owners, counts = [0] * len(sizes), [0] * ranks
+    for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        owners[n] = counts.index(min(counts))
+        counts[owners[n]] += sizes[n]
+    return owners, counts
+
+
+def blend_tiles(vae, plan, decoded):
+    """{(time, row, column): pixels [3, f, y, x]} -> [3, F, H, W]: each with its neighbours as they are after their own
+    blending, above first, then left; time after space."""
+    clips, (times, rows, columns) = [], plan
+    stride_t, stride_h, stride_w = (getattr(vae, f"tile_sample_stride_{n}") for n in ("num_frames", "height", "width"))
+    overlap_t, overlap_h, overlap_w = (
+        getattr(vae, f"tile_sample_min_{n}") - stride
+        for n, stride in (("num_frames", stride_t), ("height", stride_h), ("width", stride_w))
+    )
+    for time_span in times:
+        grid = [[decoded[time_span, row, column] for column in columns] for row in rows]
+        for i, line in enumerate(grid):
+            for j, tile in enumerate(line):
+                if i > 0:
+                    blend(grid[i - 1][j], tile, 2, overlap_h)
+                if j > 0:
+                    blend(line[j - 1], tile, 3, overlap_w)
+        if len(rows) * len(columns) > 1:
+            grid = [[tile[:, :, :stride_h, :stride_w] for tile in line] for line in grid]
+        clip = torch.cat([torch.cat(line, 3) for line in grid], 2)
+        if clips:
+            clip = clip[:, 1:]
+            blend(clips[-1], clip, 1, overlap_t)
+        clips.append(clip)
+    return torch.cat([clip[:, : stride_t + (n == 0)] for n, clip in enumerate(clips)], 1)
+
+
+def blend(before, tile, dim, length):
+    """Fade from the end of `before` into the start of `tile`, in place."""
+    length = min(length, before.shape[dim], tile.shape[dim])
+    k = (torch.arange(length, dtype=torch.float64) / length).view(-1, *[1] * (tile.dim() - 1 - dim)).to(tile.device)
+    end, start = before.narrow(dim, before.shape[dim] - length, length), tile.narrow(dim, 0, length)
+    start.copy_(end * (1 - k).to(tile.dtype) + start * k.to(tile.dtype))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what needs the extra [pipeline]: a snapshot's text encoders, its VAE, and the files that one can watch
+
+
+class Snapshot:
+    """A released snapshot in the diffusers layout: what its parts say, and what comes out of its encoders.
+
+    ValueError where a part is missing, or the extra, or where the flags do not go with the kind of model.
+    """
+
+    PARTS = "transformer vae scheduler".split()
+    ENCODERS = "text_encoder text_encoder_2 tokenizer tokenizer_2".split()
+
+    def __init__(self, args):
+        self.folder = Path(args.model)
+        missing = [name for name in ("diffusers", "transformers", "av") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"--model needs {', '.join(missing)}: pip install -e '.[pipeline]'")
+        if args.config or args.blocks:
+            raise ValueError("--model brings its own config: leave out --config and --blocks")
+        parts = self.PARTS + self.ENCODERS * (not args.embeds)
+        if lost := [part for part in parts if not (self.folder / part).is_dir()]:
+            raise ValueError(f"{self.folder} is not a snapshot in the diffusers layout: it has no {lost[0]}/")
+        self.config = config_from_diffusers(self.folder / "transformer" / "config.json")
+        self.shift = float(self._json("scheduler/scheduler_config.json", "shift"))
+        kind = self.config.image_condition_type
+        if bool(args.image) != bool(kind):
+            told = "its first frame: give --image" if kind else "no --image"
+            raise ValueError(f"{self.folder} is a {kind or 'text-to-video'} model, which takes {told}")
+        self.image = self._image(args.image) if kind else None
+
+    def _json(self, name, key):
+        try:
+            return json.loads((self.folder / name).read_text())[key]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / name} does not say what {key} is ({error!r})") from None
+
+    @staticmethod
+    def _image(file):
+        from PIL import Image
+
+        try:
+            return Image.open(file).convert("RGB")
+        except OSError as error:
+            raise ValueError(f"--image {file} is not an image: {error}") from None
+
+    def encode(self, pm, args, prompts, mine):
+        """{prompt: (text, pooled)} of my prompts, the negative (text, pooled), the image's latents [1, 16, 1, h, w] or None.
+
+        Rank 0 encodes, each prompt once, and frees the encoders; a host never holds them twice.
+        """
+        encoders = []  # of rank 0 alone
+        if args.embeds:
+            texts, negative, _ = embed_prompts(args, self.config, [])
+            texts = {file: read_text(file, self.config) for file in mine}
+        else:
+            pm.on_main(lambda: encoders.append(_of_library(self.folder, lambda: TextEncoders(self, pm.device))))
+            texts, negative = {}, None
+            for prompt in dict.fromkeys(prompts):
+                encoded = pm.on_main(lambda prompt=prompt: encoders[0](prompt, self.image))
+                texts |= {prompt: encoded} if prompt in mine else {}
+            black = self.image and self._black(args)
+            negative = pm.on_main(lambda: encoders[0](args.negative_prompt, black, every=2))
+        encoders.clear()
+        image = None
+        if self.image:
+            image = pm.on_main(lambda: encode_image(self.vae(pm.device), self.image, args.height, args.width).cpu())
+        if pm.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return texts, negative, image if image is None else image.to(pm.device)
+
+    @staticmethod
+    def _black(args):
+        from PIL import Image
+
+        return Image.new("RGB", (args.width, args.height))
+
+    def vae(self, device):
+        """The snapshot's VAE in its released dtype, with tiles."""
+        from diffusers import AutoencoderKLHunyuanVideo
+
+        with open_safetensors(weight_files(self.folder / "vae")[0]) as handle:
+            dtype = handle.get_tensor(next(iter(handle.keys()))).dtype
+        load = partial(AutoencoderKLHunyuanVideo.from_pretrained, self.folder, subfolder="vae", dtype=dtype)
+        vae = _of_library(self.folder / "vae", load).to(device).requires_grad_(False)
+        vae.enable_tiling()
+        return vae
+
+
+def _of_library(told, function):
+    """Call it. Whatever goes wrong in a library is a ValueError of one sentence."""
+    try:
+        return function()
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{told}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+
+
+@torch.no_grad()
+def encode_image(vae, image, height, width):
+    """An RGB image -> its latents [1, 16, 1, h, w], float32: the posterior's mean, scaled."""
+    from PIL import Image
+
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    frame = (pixels.permute(2, 0, 1).float() / 127.5 - 1)[None, :, None]
+    return vae.encode(frame.to(vae.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+
+
+class TextEncoders:
+    """A snapshot's LLaMA (LLaVA for image-to-video) and CLIP, in their released dtype, and without the two layers of the first
+    that are not used: prompt -> text [L, text_dim] of valid tokens, pooled [pooled_dim]."""
+
+    MOST = 256  # tokens of a prompt, with what the template has behind it
+    BEHIND = 5  # of those, for image-to-video: the end mark, and the assistant's header of four
+
+    def __init__(self, snapshot, device):
+        import transformers
+        from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
+
+        transformers.logging.set_verbosity_error()  # it reports the layers that are left out
+        folder, with_image = snapshot.folder, snapshot.image is not None
+        module = pipeline_hunyuan_video_image2video if with_image else pipeline_hunyuan_video
+        self.template, self.head = module.DEFAULT_PROMPT_TEMPLATE["template"], 103 if with_image else 95
+        # AutoTokenizer, or the class that the release names, may split by other rules: what counts is checked
+        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+        head = len(self.tokenizer(self.template.partition("{}")[0]).input_ids)
+        if head != self.head:
+            raise ValueError(
+                f"{folder / 'tokenizer'} is another one: the template's head is {head} tokens, not {self.head}"
+            )
+
+        config = transformers.AutoConfig.from_pretrained(folder / "text_encoder")
+        text_config = config.text_config if with_image else config
+        text_config.num_hidden_layers -= 2
+        kind = transformers.LlavaForConditionalGeneration if with_image else transformers.LlamaModel
+        llama = kind.from_pretrained(folder / "text_encoder", config=config, dtype="auto").to(device).eval()
+        self.llama, self.device = llama.model if with_image else llama, device
+        (self.llama.language_model if with_image else self.llama).norm = torch.nn.Identity()
+        self.clip_tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+        self.clip = (
+            transformers.CLIPTextModel.from_pretrained(folder / "text_encoder_2", dtype="auto").to(device).eval()
+        )
+        if with_image:
+            self.image_token = config.image_token_index
+            self.processor = transformers.CLIPImageProcessor.from_pretrained(folder / "image_processor")
+            self.every = 4 if snapshot.config.image_condition_type == "token_replace" else 2
+
+    @torch.no_grad()
+    def __call__(self, prompt, image=None, every=None):
+        """every: of the image's 576 tokens each so manieth is kept, by default what the kind of model was trained with."""
+        ids = self.tokenizer(self.template.format(prompt)).input_ids
+        behind = len(ids) - self.head
+        ids = ids[: self.head + self.MOST]
+        if image is None:
+            text = self._states(ids)[self.head :]
+        else:
+            place = ids.index(self.image_token)
+            pixels = self.processor(image, return_tensors="pt").pixel_values.to(self.device, self.llama.dtype)
+            states = self._states([*ids[:place], *[self.image_token] * 576, *ids[place + 1 :]], pixel_values=pixels)
+            seen, words = states[place : place + 576 : every or self.every], states[self.head + 575 :]
+            # of what is behind the prompt the last token stays, where there was room for it
+            last = words[-1:] if behind <= self.MOST else words[:0]
+            text = torch.cat((seen, words[: min(behind, self.MOST + 1) - self.BEHIND], last))
+        clip_ids = self.clip_tokenizer(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+        pooled = self.clip(torch.tensor([clip_ids], device=self.device)).pooler_output[0]
+        return text.float().cpu(), pooled.float().cpu()
+
+    def _states(self, ids, **more):
+        return self.llama(input_ids=torch.tensor([ids], device=self.device), **more).last_hidden_state[0]
+
+
+def strip(frames, count=6, height=240):
+    """frames [F, H, W, 3] -> the bytes of a .png with some of them side by side, for a look without a player."""
+    from PIL import Image
+
+    picked = frames[torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()]
+    row = Image.fromarray(torch.cat([*picked], 1).numpy())
+    data, scale = io.BytesIO(), min(1.0, height / row.height)
+    row.resize((round(row.width * scale), round(row.height * scale))).save(data, format="png")
+    return data.getvalue()
+
+
+def mp4(frames, rate=24):
+    """frames [F, H, W, 3] in 0..255 -> the bytes of an .mp4: H.264, yuv420p, the model's own 24 frames a second."""
+    import av
+
+    data = io.BytesIO()
+    with av.open(data, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=rate, options=dict(crf="18"))
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames.numpy():
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    return data.getvalue()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ What takes longer than minutes is in `.ci/endurance.py`: the same functions with
 import contextlib
 import copy
 import gzip
+import importlib.util
 import io
 import json
 import math
@@ -247,6 +248,8 @@ def check_gradients(pm, folder):
     """Forward, input gradients and every parameter gradient, under every checkpointing setting."""
     everything = [(CONFIG, case, checkpointing) for case in CASES for checkpointing in hunyuan_sp.CHECKPOINTING]
     everything += [(replace(CONFIG, guidance_embed=False, in_channels=9), "ragged", "none")]
+    still = replace(CONFIG, image_condition_type="token_replace")
+    everything += [(still, case, "attention") for case in CASES]
     for config, name, checkpointing in everything:
         model, names = random_model(config, pm.device), ("latents", "text", "pooled")
         inputs = random_inputs(config, *CASES[name], pm.device)
@@ -849,6 +852,79 @@ def check_readme_example(pm, folder):
     close(ours, split_sequence(truth, pm.sp_group))
 
 
+KINDS = ("t2v", "i2v_token_replace", "i2v_latent_concat")
+EXTRA = all(importlib.util.find_spec(name) for name in ("diffusers", "transformers", "av"))
+NEEDS_EXTRA = pytest.mark.skipif(not EXTRA, reason="needs the extra [pipeline]")
+PROMPT, NEGATIVE, SIZE = "a cat walks on the grass", "a dog", "--height 64 --width 96 --frames 9 --steps 3".split()
+
+
+def tiles_of_64_pixels():
+    """What enable_tiling() sets, here at a size where a tiny clip has tiles."""
+    from diffusers import AutoencoderKLHunyuanVideo as VAE
+
+    tiny, whole = dict(zip(("height", "width", "frames"), (64, 64, 16))), VAE.enable_tiling
+    strides = dict(tile_sample_stride_height=48, tile_sample_stride_width=48, tile_sample_stride_num_frames=12)
+    return mock.patch.object(VAE, "enable_tiling", lambda vae: whole(vae, *tiny.values(), **strides))
+
+
+def a_picture(file):
+    """With an alpha channel and sides of its own: an image as people have it."""
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (50, 70, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy(), "RGBA").resize((140, 100)).save(file)
+    return Image.open(file).convert("RGB")
+
+
+def diffusers_makes(folder, kind):
+    """A tiny snapshot, and what diffusers' pipeline makes of it, with and without true CFG: latents, frames."""
+    sys.path.insert(0, str(GOLD))
+    from make_snapshot import make_snapshot
+
+    pipe = make_snapshot(folder / kind, kind)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.enable_tiling()
+    shape = hunyuan_sp.latent_shape(HunyuanConfig(), 64, 96, 9)
+    noise = torch.randn((1, *shape), generator=seeded("sample", 0, 0))
+    flags = dict(height=64, width=96, num_frames=9, num_inference_steps=3, guidance_scale=4.0)
+    flags |= dict(image=a_picture(folder / "first.png")) if kind != "t2v" else {}
+    for cfg in (1.0, 3.0):
+        more = flags | dict(prompt=PROMPT, negative_prompt=NEGATIVE, true_cfg_scale=cfg, latents=noise)
+        latents = pipe(**more, output_type="latent").frames
+        frames = [
+            torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8).view(64, 96, 3)
+            for frame in pipe(**more).frames[0]
+        ]
+        save_file(
+            dict(latents=latents[0].contiguous(), frames=torch.stack(frames)), folder / f"{kind}-{cfg}.safetensors"
+        )
+    return pipe
+
+
+def check_pipelines(pm, folder):
+    """infer_min.py from a prompt to frames, and diffusers' pipeline with the same noise: each kind, true CFG on and off."""
+    with tiles_of_64_pixels():
+        for kind in KINDS:
+            if pm.world_size == 1:
+                diffusers_makes(folder, kind)
+            for cfg in (1.0, 3.0):
+                output, frames = folder / f"{kind}-{cfg}-{pm.dp_size}x{pm.sp_size}", []
+                flags = [*layout_flags(pm), "--model", folder / kind, *SIZE, "--guidance", 4, "--cfg", cfg]
+                flags += ["--image", folder / "first.png"] if kind != "t2v" else []
+                flags += ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--output", output]
+                with mock.patch.object(infer_min, "mp4", lambda x, seen=frames: seen.append(x) or b"."):
+                    infer_min.infer(infer_min.parse([*map(str, flags)]))
+                pm.together(lambda: None)
+                truth, ours = (
+                    load_file(folder / f"{kind}-{cfg}.safetensors"),
+                    load_file(f"{output}.safetensors")["latents"],
+                )
+                close(ours[:, ours.shape[1] - truth["latents"].shape[1] :], truth["latents"], 1e-5)
+                if pm.sp_rank == 0:
+                    difference = (frames[0].int() - truth["frames"].int()).abs()
+                    assert difference.max() <= 1 and difference.float().mean() < 1e-3, difference.max()
+
+
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
 ONLY = dict(  # where another layout would show nothing new
     wrong_gradients="1x3",
@@ -858,10 +934,12 @@ ONLY = dict(  # where another layout would show nothing new
     a_damaged_checkpoint_is_never_loaded="1x2",
     what_a_checkpoint_can_hold="1x2",
     blocks_are_compiled_once="1x1 1x2 1x3",
+    pipelines="1x1 1x2 1x3",
 )
 NEEDED = {
     "loss_curve_and_resume": ["loss_curve_and_resume"],
     "sampling": ["loss_curve_and_resume", "sampling"],
+    "pipelines": ["pipelines"],
 }  # of 1x1
 PATIENCE = 119.0  # seconds that a collective waits here: only a hang takes so long
 
@@ -941,7 +1019,12 @@ def ranks_of_layout(request, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "layout, check",
-    [(layout, name) for layout in LAYOUTS for name in CHECKS if layout in ONLY.get(name, layout).split()],
+    [
+        pytest.param(layout, name, marks=NEEDS_EXTRA if name == "pipelines" else ())
+        for layout in LAYOUTS
+        for name in CHECKS
+        if layout in ONLY.get(name, layout).split()
+    ],
 )
 def test_on(layout, check, ranks_of_layout):
     assert_ok(layout, [check], *ranks_of_layout(layout))
@@ -1019,6 +1102,15 @@ def test_latent_concat(golden):
     condition[:, :, :1], mask[:, :, 0] = golden["latent_concat.cond_latents_first_frame"].view(2, 8, 1, 10, 14), 1
     out = model(torch.cat((latents, condition, mask), 1), *(golden[f"a.{n}"] for n in NAMES[1:5]))
     assert (out - golden["a.out_latent_concat_fp32"]).abs().max() < 1e-5
+
+
+def test_token_replace(golden):
+    """Image-to-video in the blocks: 35 tokens of latent frame 0 are modulated as those of a clean image."""
+    model = HunyuanVideo(replace(GOLDEN, image_condition_type="token_replace"))
+    load_weights(model, GOLD / "weights_tencent.safetensors")
+    with golden_frequencies():
+        out = model(golden["a.latents"].float(), *(golden[f"a.{n}"] for n in NAMES[1:]))
+    assert (out - golden["a.out_token_replace_fp32"]).abs().max() < 1e-5
 
 
 def test_flow_loss(golden):

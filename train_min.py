@@ -99,9 +99,9 @@ def add_common_flags(p):
     flag("--dtype", choices=("float32", "bfloat16"), help="compute (default: bfloat16 on GPUs, float32 on CPUs)")
     flag("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
     flag("--compile", action="store_true", help="torch.compile both sides of each block's attention")
-    flag("--height", type=int, default=256, help="of the video, for models over VAE latents")
-    flag("--width", type=int, default=256, help="of the video")
-    flag("--frames", type=int, default=17, help="of the video, 4k+1")
+    flag("--height", type=int, default=256, help="of the video, for models over VAE latents (--model: 720)")
+    flag("--width", type=int, default=256, help="of the video (--model: 1280)")
+    flag("--frames", type=int, default=17, help="of the video, 4k+1 (--model: 129)")
     flag("--profile", action="store_true", help="Chrome traces of the last step, trace-RANK.json.gz, by the output")
     flag("--debug", action="store_true", help="show the traceback of an error")
 
@@ -602,7 +602,7 @@ class Progress:
         line = (
             f"step {step}/{steps}{' skipped' if skipped else ''} · loss {sum(recent) / len(recent):.4f} · "
             f"grad norm {norm:.2f} · {seconds:.2f} s/step · {speed['tokens_per_s']} tokens/s{mfu} · "
-            f"{speed['peak_gib']:.1f} GiB · {left // 60:.0f}:{left % 60:02.0f} left"
+            f"{speed['peak_gib']:.1f} GiB · {printed_time(left)} left"
         )
         for name in odd:
             print(f"step {step} is skipped: {name} has values that are not finite", flush=True)
@@ -630,6 +630,10 @@ class Progress:
         print(f"saved {self.args.out}/step-{saved}{why}" if saved else f"nothing saved{why}", flush=True)
         if saved and not self.args.data and self.args.config == "tiny":
             print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
+
+
+def printed_time(seconds):
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
 def step_of(line):
