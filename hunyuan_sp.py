@@ -853,8 +853,9 @@ def load_weights(model, source):
     if any(problems.values()):
         told = [f"{len(v)} {k} ({', '.join(v[:3])}{', ..' * (len(v) > 3)})" for k, v in problems.items() if v]
         raise ValueError(f"weights in {naming} naming do not fit the model: {'; '.join(told)}")
+    device = next(iter(params.values())).device  # a GPU looks at 26 GB in seconds
     for name in sorted(wanted):
-        _check_values(name, tensors[name][1]())
+        _check_values(name, tensors[name][1]().to(device))
     for name, names in sources.items():
         parts = [tensors[n][1]().to(params[name].dtype) for n in names]  # parts may be of different types
         assign(params[name], _swap_halves(naming, name, torch.cat(parts) if len(parts) > 1 else parts[0]))

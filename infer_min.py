@@ -678,9 +678,11 @@ class TextEncoders:
 
     def __init__(self, snapshot, device):
         import transformers
+
+        transformers.logging.set_verbosity_error()  # it would report the layers that are left out
+        transformers.logging.disable_progress_bar()
         from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
 
-        transformers.logging.set_verbosity_error()  # it reports the layers that are left out
         folder, with_image = snapshot.folder, snapshot.image is not None
         module = pipeline_hunyuan_video_image2video if with_image else pipeline_hunyuan_video
         self.template, self.head = module.DEFAULT_PROMPT_TEMPLATE["template"], 103 if with_image else 95

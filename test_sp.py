@@ -61,6 +61,7 @@ from train_min import Shapes
 
 HERE = Path(__file__).parent
 GOLD = HERE / "golden"
+sys.path.append(str(GOLD))  # make_snapshot.py
 LAYOUTS = os.environ.get("LAYOUTS", "1x1 1x2 2x1 1x3 2x2 1x4 1x5").split()
 # 5 heads divide by no sp but 1 and 5; more channels in than out, as in image-to-video
 CONFIG = HunyuanConfig(5, (2, 2, 4), 256.0, 2, 2, 1, 2.0, 5, 4, (1, 2, 2), 12, 6, True)
@@ -878,7 +879,6 @@ def a_picture(file):
 
 def diffusers_makes(folder, kind):
     """A tiny snapshot, and what diffusers' pipeline makes of it, with and without true CFG: latents, frames."""
-    sys.path.insert(0, str(GOLD))
     from make_snapshot import make_snapshot
 
     pipe = make_snapshot(folder / kind, kind)
@@ -901,12 +901,62 @@ def diffusers_makes(folder, kind):
     return pipe
 
 
+def there_and_back(folder, kind, pipe):
+    """Loaded here and exported again, the transformer is the same to diffusers: weights and config."""
+    config = hunyuan_sp.config_from_diffusers(folder / kind / "transformer" / "config.json")
+    model = HunyuanVideo(config)
+    load_weights(model, folder / kind / "transformer")
+    hunyuan_sp.save_weights(model, folder / f"{kind}-export", "diffusers", torch.float32)
+    exported = type(pipe.transformer).from_pretrained(folder / f"{kind}-export")
+    theirs, there = (
+        {k: [*v] if isinstance(v, tuple) else v for k, v in m.config.items() if k[0] != "_"}
+        for m in (exported, pipe.transformer)
+    )
+    assert theirs == there, [(k, theirs.get(k), v) for k, v in there.items() if theirs.get(k) != v]
+    assert equal(exported.state_dict(), pipe.transformer.state_dict())
+
+
+def check_decoding(pm, folder):
+    """The same frames from any number of ranks, bit for bit those of diffusers' VAE with its tiles, ragged in all axes."""
+    if pm.world_size == 1:
+        diffusers_vae(folder)
+    with tiles_of_64_pixels():
+        vae = infer_min.Snapshot.vae(types.SimpleNamespace(folder=folder), torch.device("cpu"))
+    for n, shape in enumerate(((1, 8, 6), (5, 14, 10), (7, 6, 8), (9, 10, 4))):
+        latents = draws(n, torch.float32)(16, *shape)
+        pixels, truth = infer_min.decode(vae, latents, pm.sp_group), vae.decode(latents[None] / 0.476986).sample[0]
+        assert (pixels is None) == (pm.sp_rank > 0)
+        assert pixels is None or torch.equal(pixels, truth), (shape, (pixels - truth).abs().max())
+
+
+def diffusers_vae(folder):
+    from make_snapshot import components
+
+    torch.manual_seed(0)
+    components("t2v")[1]["vae"].save_pretrained(folder / "vae")
+
+
+def same_text(folder, kind, pipe):
+    """Text states and pooled of prompts short, empty and too long, beside the pipeline's own."""
+    flags = ["--model", folder / kind, "--prompt", PROMPT] + ["--image", folder / "first.png"] * (kind != "t2v")
+    snapshot = infer_min.Snapshot(infer_min.parse([*map(str, flags)]))
+    ours, image = infer_min.TextEncoders(snapshot, torch.device("cpu")), snapshot.image
+    every = dict(image_embed_interleave=ours.every, image=image) if image else {}
+    for prompt in (PROMPT, "", "grass {} " * 40, "a b c " * 90):
+        states, pooled, mask = pipe.encode_prompt(prompt=prompt, **every)
+        text, vector = ours(prompt, image)
+        close(text, states[0, : mask.sum()], 1e-5)
+        close(vector, pooled[0], 1e-5)
+
+
 def check_pipelines(pm, folder):
     """infer_min.py from a prompt to frames, and diffusers' pipeline with the same noise: each kind, true CFG on and off."""
     with tiles_of_64_pixels():
         for kind in KINDS:
             if pm.world_size == 1:
-                diffusers_makes(folder, kind)
+                pipe = diffusers_makes(folder, kind)
+                same_text(folder, kind, pipe)
+                there_and_back(folder, kind, pipe)
             for cfg in (1.0, 3.0):
                 output, frames = folder / f"{kind}-{cfg}-{pm.dp_size}x{pm.sp_size}", []
                 flags = [*layout_flags(pm), "--model", folder / kind, *SIZE, "--guidance", 4, "--cfg", cfg]
@@ -935,12 +985,15 @@ ONLY = dict(  # where another layout would show nothing new
     what_a_checkpoint_can_hold="1x2",
     blocks_are_compiled_once="1x1 1x2 1x3",
     pipelines="1x1 1x2 1x3",
+    decoding="1x1 1x2 1x3",
 )
 NEEDED = {
     "loss_curve_and_resume": ["loss_curve_and_resume"],
     "sampling": ["loss_curve_and_resume", "sampling"],
     "pipelines": ["pipelines"],
+    "decoding": ["decoding"],
 }  # of 1x1
+PRELOAD = ["test_sp", "torch._dynamo", *(["make_snapshot"] if EXTRA else [])]  # what a forked process has imported
 PATIENCE = 119.0  # seconds that a collective waits here: only a hang takes so long
 
 
@@ -972,7 +1025,7 @@ def spawn(layout, checks, folder, cuda=False):
     # forked from a process that has imported everything, which would break CUDA
     context = torch.multiprocessing.get_context("spawn" if cuda else "forkserver")
     if not cuda:
-        context.set_forkserver_preload(["test_sp", "torch._dynamo"])
+        context.set_forkserver_preload(PRELOAD)
     ranks = [context.Process(target=worker, args=(r, world, layout, checks, folder, cuda)) for r in range(world)]
     for process in ranks:
         process.start()
@@ -1020,7 +1073,7 @@ def ranks_of_layout(request, tmp_path_factory):
 @pytest.mark.parametrize(
     "layout, check",
     [
-        pytest.param(layout, name, marks=NEEDS_EXTRA if name == "pipelines" else ())
+        pytest.param(layout, name, marks=NEEDS_EXTRA if name in ("pipelines", "decoding") else ())
         for layout in LAYOUTS
         for name in CHECKS
         if layout in ONLY.get(name, layout).split()
@@ -1895,7 +1948,7 @@ def fork(script, *flags, ranks=1, out):
     """ "train" or "infer" with its flags, in processes forked from one that has imported everything, which saves seconds:
     [(exit code, what it printed)] of each rank."""
     context, port = torch.multiprocessing.get_context("forkserver"), free_port()
-    context.set_forkserver_preload(["test_sp", "torch._dynamo"])
+    context.set_forkserver_preload(PRELOAD)
     n, flags = len(list(out.glob("forked-*"))), [str(flag) for flag in flags]
     printed = [out / f"forked-{n}.{rank}" for rank in range(ranks)]
     work = [context.Process(target=one_rank, args=(script, flags, r, ranks, port, printed[r])) for r in range(ranks)]
@@ -2159,6 +2212,79 @@ def test_flags_are_refused_before_the_ranks_meet():
             with pytest.raises(ValueError, match=re.escape(told)):
                 main(module.parse(flags))
     assert len(lines) > 7
+
+
+@NEEDS_EXTRA
+def test_prompts_to_videos(tmp_path):
+    """As a user types it: a file of prompts in, a folder of clips out; what is there is not made again; what can't be is told."""
+    snapshot, clips = tmp_path / "snapshot", tmp_path / "clips"
+    subprocess.run([sys.executable, GOLD / "make_snapshot.py", snapshot], check=True, capture_output=True, timeout=300)
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\na cat {}\n")
+    flags = [*SIZE, "--model", snapshot, "--prompts", tmp_path / "prompts.txt", "--sp", 1, "--output", f"{clips}/"]
+    code, printed = launch("infer_min.py", *flags, "--device", "cpu", ranks=2, out=tmp_path)
+    assert code == 0 and "clip 3 of 3 · step 3/3" in printed, printed
+    made = sorted(file.name for file in clips.iterdir())
+    assert made == [f"000{n}.{ending}" for n in range(3) for ending in ("mp4", "png", "safetensors")]
+    import av
+
+    with av.open(clips / "0002.mp4") as video:
+        frames, stream = [*video.decode(video=0)], video.streams.video[0]
+        assert (len(frames), frames[0].width, frames[0].height, stream.average_rate) == (9, 96, 64, 24)
+        assert (stream.codec.name, stream.pix_fmt) == ("h264", "yuv420p")
+
+    before = load_file(clips / "0001.safetensors")
+    (clips / "0001.mp4").unlink()
+    ((code, printed),) = fork("infer", *flags, out=tmp_path)
+    assert code == 0 and "2 of 3 clips are there already" in printed and printed.count("wrote") == 1, printed
+    close(load_file(clips / "0001.safetensors")["latents"], before["latents"], 1e-5)
+    bad_snapshots(tmp_path)
+    for line, told in BAD_SNAPSHOTS:
+        line = line.format(good=snapshot, tmp=tmp_path).split()
+        line = ["--prompt", "a cat", "--output", f"{tmp_path}/never", *SIZE, *line]
+        ((code, printed),) = fork("infer", *line, out=tmp_path)
+        lines = [x for x in printed.splitlines() if not x.startswith("clip ")]
+        assert code == 1 and len(lines) == 1 and re.match(f"error: .*{told}", lines[0]), (line, printed)
+    assert not [*tmp_path.glob("never*")] and not [*clips.glob(".*")]
+
+
+BAD_SNAPSHOTS = [
+    ("--model {tmp}/none", "none is not a snapshot in the diffusers layout: it has no transformer/"),
+    ("--model {good} --image {tmp}/prompts.txt", "is a text-to-video model, which takes no --image"),
+    ("--model {tmp}/still", "is a token_replace model, which takes its first frame: give --image"),
+    ("--model {tmp}/still --image {tmp}/prompts.txt", "prompts.txt is not an image"),
+    ("--model {tmp}/words", "the template's head is [0-9]+ tokens, not 95"),
+    ("--model {tmp}/words --config 13b", "--model brings its own config"),
+    ("--model {tmp}/other", "config.json is of another model: qk_norm is layer_norm, not rms_norm"),
+    ("--model {tmp}/nan", "x_embedder.proj.bias has values that are not finite"),
+    ("--model {good} --height 100", "height 100 and width 96 must be multiples of 16"),
+    ("--model {good} --cfg 1e38 --output /proc/none/x", "/proc/none"),
+    ("--model {good} --shift 1e300", "the clip of 'a cat' has values that are not finite: nothing is written"),
+]
+
+
+def bad_snapshots(folder):
+    good = folder / "snapshot"
+    for name in ("still", "words", "other", "nan"):
+        shutil.copytree(good, folder / name)
+    for name, change in (("still", dict(image_condition_type="token_replace")), ("other", dict(qk_norm="layer_norm"))):
+        file = folder / name / "transformer/config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    file = folder / "words/tokenizer/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["pre_tokenizer"] = dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)
+    file.write_text(json.dumps(tokenizer))
+    file = next((folder / "nan/transformer").glob("*.safetensors"))
+    weights = load_file(file)
+    weights["x_embedder.proj.bias"][3] = math.nan
+    save_file(weights, file, metadata=dict(format="pt"))
+
+
+def test_without_the_extra(tmp_path):
+    with (
+        mock.patch.object(importlib.util, "find_spec", lambda name: None),
+        pytest.raises(ValueError, match="needs diffusers, transf"),
+    ):
+        infer_min.infer(infer_min.parse(["--model", str(tmp_path), "--prompt", "a cat"]))
 
 
 def write_sample(path, latents, words=2):
