@@ -972,7 +972,8 @@ def check_pipelines(pm, folder):
                 close(ours[:, ours.shape[1] - truth["latents"].shape[1] :], truth["latents"], 1e-5)
                 if pm.sp_rank == 0:
                     difference = (frames[0].int() - truth["frames"].int()).abs()
-                    assert difference.max() <= 1 and difference.float().mean() < 1e-3, difference.max()
+                    rounding = 1e-3 if pm.device.type == "cpu" else 0.2  # GPUs convolve in TF32
+                    assert difference.max() <= 1 and difference.float().mean() < rounding, difference.float().mean()
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
