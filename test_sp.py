@@ -1624,7 +1624,7 @@ def test_fuzzed_weights(tmp_path):
 
 def test_diffusers_agrees():
     """An optional extra of the tests: three random models, exported to diffusers and run there."""
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is an optional extra: pip install .[diffusers]")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is an optional extra: pip install .[pipeline]")
     draw = random.Random(0)
     for seed in range(3):
         dims = draw.choice([(4, 6, 6), (8, 4, 4), (2, 2, 4)])
