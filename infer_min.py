@@ -166,11 +166,11 @@ def infer(args):
     if config and config.out_channels != 3:
         latent_shape(config, args.height, args.width, args.frames)  # a size that can't be is told before the ranks meet
     files = [*weight_files(args.weights)] if args.weights else []
-    files += [file for file in (*(args.embeds or ()), args.negative_embeds, args.prompts, args.image) if file]
-    files = fingerprint(file for file in files if Path(file).is_file())
+    shared = _fingerprint(*files, args.negative_embeds, args.image)  # by all clips
 
     pm = ParallelManager(args.dp, args.sp, args.device)
-    pm.check_equal(vars(args) | dict(torch=torch.__version__, files=files))
+    files = _fingerprint(*(args.embeds or ()), args.prompts)
+    pm.check_equal(vars(args) | dict(torch=torch.__version__, shared=shared, files=files))
     checkpoints, path, stages = Checkpoints(pm, args.checkpoint), None, Stages(pm)
     if config is None:
         path, state = checkpoints.find()
@@ -179,7 +179,7 @@ def infer(args):
         return export(pm, build_model(config, pm, args, checkpoints, path), args)
     toy = config.out_channels == 3
     prompts = read_prompts(args, config)
-    clips = [Clip(args, n, prompt, len(prompts), files) for n, prompt in enumerate(prompts)]
+    clips = [Clip(args, n, prompt, len(prompts), shared) for n, prompt in enumerate(prompts)]
     pm.on_main(lambda: clips[0].file("").parent.mkdir(parents=True, exist_ok=True))
     real = bool(args.weights)  # a toy or a benchmark is made each time
     todo = pm.on_main(lambda: [clip for clip in clips if not (real and clip.is_made())])
@@ -239,6 +239,10 @@ def infer(args):
     elif pm.is_main and not toy:
         print(json.dumps(clock.report() | stages.report()), flush=True)
     return pm
+
+
+def _fingerprint(*files):
+    return fingerprint(file for file in files if file and Path(file).is_file())
 
 
 def check_clip(latents, title):
@@ -340,11 +344,14 @@ class Clip:
         "output embeds prompt prompts dp sp shard device compile attention profile debug export naming score".split()
     )
 
-    def __init__(self, args, n, prompt, count, files):
+    def __init__(self, args, n, prompt, count, shared):
         self.prompt, self.n, self.frames = prompt, n, args.frames
         self.name = f"{args.output}{n:04d}" if args.output.endswith("/") else args.output + f"-{n}" * (count > 1)
         self.endings = (".mp4", ".safetensors") if args.model else (".safetensors",)
-        made_by = {k: v for k, v in vars(args).items() if k not in self.OUTSIDE} | dict(prompt=prompt, n=n, files=files)
+        made_by = {k: v for k, v in vars(args).items() if k not in self.OUTSIDE} | dict(
+            prompt=prompt, n=n, shared=shared
+        )
+        made_by |= dict(embeds=_fingerprint(prompt)) if args.embeds else {}
         self.made_by = json.dumps(made_by, sort_keys=True)
 
     def file(self, ending):
@@ -585,10 +592,10 @@ class Snapshot:
         self.config = config_from_diffusers(self.folder / "transformer" / "config.json")
         self.shift = float(self._json("scheduler/scheduler_config.json", "shift"))
         kind = self.config.image_condition_type
-        if bool(args.image) != bool(kind):
+        if bool(args.image) != bool(kind) and not args.export:
             told = "its first frame: give --image" if kind else "no --image"
             raise ValueError(f"{self.folder} is a {kind or 'text-to-video'} model, which takes {told}")
-        self.image = self._image(args.image) if kind else None
+        self.image = self._image(args.image) if args.image else None
 
     def _json(self, name, key):
         try:
@@ -610,31 +617,30 @@ class Snapshot:
 
         Rank 0 encodes, each prompt once, and frees the encoders; a host never holds them twice.
         """
-        encoders = []  # of rank 0 alone
-        if args.embeds:
-            texts, negative, _ = embed_prompts(args, self.config, [])
-            texts = {file: read_text(file, self.config) for file in mine}
-        else:
-            pm.on_main(lambda: encoders.append(_of_library(self.folder, lambda: TextEncoders(self, pm.device))))
-            texts, negative = {}, None
-            for prompt in dict.fromkeys(prompts):
-                encoded = pm.on_main(lambda prompt=prompt: encoders[0](prompt, self.image))
-                texts |= {prompt: encoded} if prompt in mine else {}
-            black = self.image and self._black(args)
-            negative = pm.on_main(lambda: encoders[0](args.negative_prompt, black, every=2))
-        encoders.clear()
-        image = None
-        if self.image:
-            image = pm.on_main(lambda: encode_image(self.vae(pm.device), self.image, args.height, args.width).cpu())
-        if pm.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return texts, negative, image if image is None else image.to(pm.device)
-
-    @staticmethod
-    def _black(args):
         from PIL import Image
 
-        return Image.new("RGB", (args.width, args.height))
+        def on_main(function):
+            return pm.on_main(lambda: _of_library(self.folder, function))
+
+        encoders, image = [], None  # of rank 0 alone
+        if args.embeds:
+            negative = embed_prompts(args, self.config, [])[1]
+            texts = {file: read_text(file, self.config) for file in mine}
+        else:
+            on_main(lambda: encoders.append(TextEncoders(self, pm.device)))
+            texts = {}
+            for prompt in dict.fromkeys(prompts):
+                encoded = on_main(lambda prompt=prompt: encoders[0](prompt, self.image))
+                texts |= {prompt: encoded} if prompt in mine else {}
+            black = Image.new("RGB", (args.width, args.height)) if self.image else None  # so diffusers has it
+            negative = on_main(lambda: encoders[0](args.negative_prompt, black, every=2))
+        encoders.clear()
+        if self.image:
+            image = on_main(lambda: encode_image(self.vae(pm.device), self.image, args.height, args.width).cpu())
+            image = image.to(pm.device)
+        if pm.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return texts, negative, image
 
     def vae(self, device):
         """The snapshot's VAE in its released dtype, with tiles."""
@@ -671,10 +677,11 @@ def encode_image(vae, image, height, width):
 
 class TextEncoders:
     """A snapshot's LLaMA (LLaVA for image-to-video) and CLIP, in their released dtype, and without the two layers of the first
-    that are not used: prompt -> text [L, text_dim] of valid tokens, pooled [pooled_dim]."""
+    that are not used: prompt -> text [L, text_dim] of valid tokens, pooled [pooled_dim].
 
-    MOST = 256  # tokens of a prompt, with what the template has behind it
-    BEHIND = 5  # of those, for image-to-video: the end mark, and the assistant's header of four
+    256 tokens may follow the template's head: the prompt's and the template's end, which is one mark, or for image-to-video
+    five, of which the last one is kept. Source: diffusers 0.42, whose pipelines' text is the same.
+    """
 
     def __init__(self, snapshot, device):
         import transformers
@@ -714,8 +721,11 @@ class TextEncoders:
     def __call__(self, prompt, image=None, every=None):
         """every: of the image's 576 tokens each so manieth is kept, by default what the kind of model was trained with."""
         ids = self.tokenizer(self.template.format(prompt)).input_ids
-        behind = len(ids) - self.head
-        ids = ids[: self.head + self.MOST]
+        end = 1 if image is None else 5
+        count, most = len(ids) - self.head - end, 257 - end
+        if count > most:
+            print(f"{prompt[:40]!r}.. has {count} tokens: what follows the first {most} is cut off", flush=True)
+        ids = ids[: self.head + 256]
         if image is None:
             text = self._states(ids)[self.head :]
         else:
@@ -723,9 +733,7 @@ class TextEncoders:
             pixels = self.processor(image, return_tensors="pt").pixel_values.to(self.device, self.llama.dtype)
             states = self._states([*ids[:place], *[self.image_token] * 576, *ids[place + 1 :]], pixel_values=pixels)
             seen, words = states[place : place + 576 : every or self.every], states[self.head + 575 :]
-            # of what is behind the prompt the last token stays, where there was room for it
-            last = words[-1:] if behind <= self.MOST else words[:0]
-            text = torch.cat((seen, words[: min(behind, self.MOST + 1) - self.BEHIND], last))
+            text = torch.cat((seen, words[: min(count, most)], words[-1:] if count < most else words[:0]))
         clip_ids = self.clip_tokenizer(prompt, padding="max_length", max_length=77, truncation=True).input_ids
         pooled = self.clip(torch.tensor([clip_ids], device=self.device)).pooler_output[0]
         return text.float().cpu(), pooled.float().cpu()

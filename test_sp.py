@@ -942,7 +942,7 @@ def same_text(folder, kind, pipe):
     snapshot = infer_min.Snapshot(infer_min.parse([*map(str, flags)]))
     ours, image = infer_min.TextEncoders(snapshot, torch.device("cpu")), snapshot.image
     every = dict(image_embed_interleave=ours.every, image=image) if image else {}
-    for prompt in (PROMPT, "", "grass {} " * 40, "a b c " * 90):
+    for prompt in (PROMPT, "", "grass {} " * 40, *("the " * n for n in (250, 251, 252, 253, 255, 256, 300))):
         states, pooled, mask = pipe.encode_prompt(prompt=prompt, **every)
         text, vector = ours(prompt, image)
         close(text, states[0, : mask.sum()], 1e-5)
@@ -962,6 +962,7 @@ def check_pipelines(pm, folder):
                 flags = [*layout_flags(pm), "--model", folder / kind, *SIZE, "--guidance", 4, "--cfg", cfg]
                 flags += ["--image", folder / "first.png"] if kind != "t2v" else []
                 flags += ["--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--output", output]
+                flags += ["--shard"] if cfg > 1 and pm.world_size > 1 else []
                 with mock.patch.object(infer_min, "mp4", lambda x, seen=frames: seen.append(x) or b"."):
                     infer_min.infer(infer_min.parse([*map(str, flags)]))
                 pm.together(lambda: None)
@@ -2235,8 +2236,11 @@ def test_prompts_to_videos(tmp_path):
 
     before = load_file(clips / "0001.safetensors")
     (clips / "0001.mp4").unlink()
+    with open(tmp_path / "prompts.txt", "a") as file:
+        file.write("grass " * 300)
     ((code, printed),) = fork("infer", *flags, out=tmp_path)
-    assert code == 0 and "2 of 3 clips are there already" in printed and printed.count("wrote") == 1, printed
+    assert code == 0 and "2 of 4 clips are there already" in printed and printed.count("wrote") == 2, printed
+    assert re.search(r"'grass grass .*'\.\. has \d+ tokens: what follows the first 256 is cut off", printed), printed
     close(load_file(clips / "0001.safetensors")["latents"], before["latents"], 1e-5)
     bad_snapshots(tmp_path)
     for line, told in BAD_SNAPSHOTS:
