@@ -995,6 +995,7 @@ NEEDED = {
     "pipelines": ["pipelines"],
     "decoding": ["decoding"],
 }  # of 1x1
+OF_EXTRA = ("pipelines", "decoding")
 PRELOAD = ["test_sp", "torch._dynamo", *(["make_snapshot"] if EXTRA else [])]  # what a forked process has imported
 PATIENCE = 119.0  # seconds that a collective waits here: only a hang takes so long
 
@@ -1062,7 +1063,7 @@ def ranks_of_layout(request, tmp_path_factory):
 
     @cache
     def run(layout, cuda):
-        checks = {name: {} for name in CHECKS if name in wanted[layout]}
+        checks = {name: {} for name in CHECKS if name in wanted[layout] and (EXTRA or name not in OF_EXTRA)}
         if layout != "1x1" and NEEDED.keys() & checks.keys():
             run("1x1", cuda)
         here = folder / ("cuda" if cuda else "cpu")  # other kernels, other rounding: no comparisons between the two
@@ -1075,7 +1076,7 @@ def ranks_of_layout(request, tmp_path_factory):
 @pytest.mark.parametrize(
     "layout, check",
     [
-        pytest.param(layout, name, marks=NEEDS_EXTRA if name in ("pipelines", "decoding") else ())
+        pytest.param(layout, name, marks=NEEDS_EXTRA if name in OF_EXTRA else ())
         for layout in LAYOUTS
         for name in CHECKS
         if layout in ONLY.get(name, layout).split()
