@@ -205,27 +205,19 @@ def infer(args):
     clock = Clock(pm, args.steps, traces, profiled=args.profile or not (toy or real), wait=True)
     bar = Bar(pm, clock, rounds * args.steps, len(todo)) if real else clock
     away = [negative[0].to(pm.device)], negative[1].to(pm.device)[None]
-    for first, clip in enumerate(mine):
+    for turn, clip in enumerate(mine):
         text, pooled = (x.to(pm.device) for x in texts[clip.prompt])
         noise = torch.randn((1, *shape), generator=seeded("sample", args.seed, clip.n)).to(pm.device)
-        rules = (
-            args.steps,
-            shift,
-            args.guidance,
-            pm.sp_group,
-            away,
-            args.cfg,
-            clock if first and not real else bar,
-            image,
-        )
+        rules = dict(steps=args.steps, shift=shift, guidance=args.guidance, negative=away, cfg=args.cfg, image=image)
+        watch = bar if real or turn == 0 else None  # a benchmark times its first turn
         with stages("denoise"):
-            latents = sample(model, noise, [text], pooled[None], *rules)[0]
+            latents = sample(model, noise, [text], pooled[None], **rules, group=pm.sp_group, clock=watch)[0]
         pm.together(partial(check_clip, latents, clip.prompt))
         with stages("decode"):
             pixels = decode(vae, latents, pm.sp_group) if vae else None
             if pixels is not None and config.image_condition_type == "latent_concat":
                 pixels = pixels[:, 4:]  # the image itself
-        latents, surplus = latents.cpu(), first * pm.dp_size + pm.dp_rank >= len(todo)
+        latents, surplus = latents.cpu(), turn * pm.dp_size + pm.dp_rank >= len(todo)
         if args.score and not surplus:
             colour, direction = Shapes.measure(latents)
             right = [right[0] + 1, right[1] + (colour in clip.prompt), right[2] + clip.prompt.endswith(direction)]
@@ -517,7 +509,7 @@ def decode_plan(vae, shape):
     strides = vae.tile_sample_stride_height // 8, vae.tile_sample_stride_width // 8
     several = h > tiles[0] or w > tiles[1]
     times = spans(T, frames + 1, every, T > frames)
-    # each but the first loses the first frame that it gives: of a single latent frame nothing is left
+    # all but the first time span drop their first pixel frame: a span of one latent frame would leave nothing
     times = [(a, b) for a, b in times if a == 0 or b - a > 1]
     return times, spans(h, tiles[0], strides[0], several), spans(w, tiles[1], strides[1], several)
 
@@ -632,7 +624,7 @@ class Snapshot:
             for prompt in dict.fromkeys(prompts):
                 encoded = on_main(lambda prompt=prompt: encoders[0](prompt, self.image))
                 texts |= {prompt: encoded} if prompt in mine else {}
-            black = Image.new("RGB", (args.width, args.height)) if self.image else None  # so diffusers has it
+            black = Image.new("RGB", (args.width, args.height)) if self.image else None  # as diffusers does
             negative = on_main(lambda: encoders[0](args.negative_prompt, black, every=2))
         encoders.clear()
         if self.image:
@@ -719,7 +711,7 @@ class TextEncoders:
 
     @torch.no_grad()
     def __call__(self, prompt, image=None, every=None):
-        """every: of the image's 576 tokens each so manieth is kept, by default what the kind of model was trained with."""
+        """every: of the image's 576 tokens 4 keeps every fourth; by default what the kind of model was trained with."""
         ids = self.tokenizer(self.template.format(prompt)).input_ids
         end = 1 if image is None else 5
         count, most = len(ids) - self.head - end, 257 - end
