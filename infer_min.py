@@ -29,7 +29,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from comm import Checkpoints, ParallelManager, all_to_all, fingerprint, group_rank, group_size, run
+from comm import Checkpoints, ParallelManager, all_to_all, checksum, fingerprint, group_rank, group_size, run
 from hunyuan_sp import (
     NAMINGS,
     HunyuanConfig,
@@ -158,7 +158,13 @@ def infer(args):
     check_flags(args, "shift", 1e-9)
     check_flags(args, "cfg guidance", 0.0)
     check_flags(args, "seed", 0, 2**62)
-    snapshot = Snapshot(args) if args.model else None
+    if args.image and not args.model:
+        raise ValueError("--image needs --model, an image-to-video snapshot")
+    if args.negative_embeds and (args.negative_prompt or not args.embeds):
+        raise ValueError("--negative_embeds goes with --embeds, in place of --negative_prompt")
+    if not args.output.endswith("/") and not Path(args.output).name:
+        raise ValueError(f"--output {args.output!r} is no name: end a folder's with /")
+    snapshot = Snapshot(args) if args.model is not None else None
     if snapshot:
         args.weights, args.shift = args.weights or str(snapshot.folder / "transformer"), args.shift or snapshot.shift
     args.config = args.config or ("13b" if args.weights else None)
@@ -166,7 +172,11 @@ def infer(args):
     if config and config.out_channels != 3:
         latent_shape(config, args.height, args.width, args.frames)  # a size that can't be is told before the ranks meet
     files = [*weight_files(args.weights)] if args.weights else []
-    shared = _fingerprint(*files, args.negative_embeds, args.image)  # by all clips
+    files += snapshot.files() if snapshot else []
+    # of what all clips are made by; an image is read whole
+    shared = [_fingerprint(file) for file in (*files, args.negative_embeds)] + [
+        checksum(args.image) if args.image else 0
+    ]
 
     pm = ParallelManager(args.dp, args.sp, args.device)
     files = _fingerprint(*(args.embeds or ()), args.prompts)
@@ -217,6 +227,7 @@ def infer(args):
             pixels = decode(vae, latents, pm.sp_group) if vae else None
             if pixels is not None and config.image_condition_type == "latent_concat":
                 pixels = pixels[:, 4:]  # the image itself
+        pm.together(lambda pixels=pixels, clip=clip: pixels is None or check_clip(pixels, clip.prompt))
         latents, surplus = latents.cpu(), turn * pm.dp_size + pm.dp_rank >= len(todo)
         if args.score and not surplus:
             colour, direction = Shapes.measure(latents)
@@ -368,6 +379,8 @@ class Clip:
             files |= {".png": strip(frames), ".mp4": mp4(frames)}  # .mp4 last: it says that all is there
         elif len(latents) == 3:
             files |= {".gif": gif(latents)}
+        for ending in files:  # an older clip's: what is there after a kill must be of one clip
+            self.file(ending).unlink(missing_ok=True)
         for ending, data in files.items():
             if data:
                 temporary = self.file("").with_name(f".{self.file('').name}.part")
@@ -587,7 +600,14 @@ class Snapshot:
         if bool(args.image) != bool(kind) and not args.export:
             told = "its first frame: give --image" if kind else "no --image"
             raise ValueError(f"{self.folder} is a {kind or 'text-to-video'} model, which takes {told}")
+        if kind == "latent_concat" and args.frames < 5:
+            raise ValueError(f"--frames {args.frames}: a latent_concat model gives 4 frames fewer, so 5 at least")
         self.image = self._image(args.image) if args.image else None
+
+    def files(self):
+        """All files but the DiT's weights."""
+        parts = [self.folder / part for part in (*self.PARTS[1:], *self.ENCODERS)]
+        return [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
 
     def _json(self, name, key):
         try:
@@ -640,10 +660,18 @@ class Snapshot:
 
         with open_safetensors(weight_files(self.folder / "vae")[0]) as handle:
             dtype = handle.get_tensor(next(iter(handle.keys()))).dtype
-        load = partial(AutoencoderKLHunyuanVideo.from_pretrained, self.folder, subfolder="vae", dtype=dtype)
+        load = partial(_whole, AutoencoderKLHunyuanVideo, self.folder / "vae", dtype=dtype)
         vae = _of_library(self.folder / "vae", load).to(device).requires_grad_(False)
         vae.enable_tiling()
         return vae
+
+
+def _whole(kind, folder, **more):
+    """A model by its library. ValueError for weights that are missing, which libraries fill with random numbers."""
+    model, told = kind.from_pretrained(folder, output_loading_info=True, **more)
+    if lost := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):
+        raise ValueError(f"{folder} lacks {len(lost)} weights, {lost[0]} among them")
+    return model
 
 
 def _of_library(told, function):
@@ -697,13 +725,11 @@ class TextEncoders:
         text_config = config.text_config if with_image else config
         text_config.num_hidden_layers -= 2
         kind = transformers.LlavaForConditionalGeneration if with_image else transformers.LlamaModel
-        llama = kind.from_pretrained(folder / "text_encoder", config=config, dtype="auto").to(device).eval()
+        llama = _whole(kind, folder / "text_encoder", config=config, dtype="auto").to(device).eval()
         self.llama, self.device = llama.model if with_image else llama, device
         (self.llama.language_model if with_image else self.llama).norm = torch.nn.Identity()
         self.clip_tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
-        self.clip = (
-            transformers.CLIPTextModel.from_pretrained(folder / "text_encoder_2", dtype="auto").to(device).eval()
-        )
+        self.clip = _whole(transformers.CLIPTextModel, folder / "text_encoder_2", dtype="auto").to(device).eval()
         if with_image:
             self.image_token = config.image_token_index
             self.processor = transformers.CLIPImageProcessor.from_pretrained(folder / "image_processor")
@@ -711,7 +737,7 @@ class TextEncoders:
 
     @torch.no_grad()
     def __call__(self, prompt, image=None, every=None):
-        """every: of the image's 576 tokens 4 keeps every fourth; by default what the kind of model was trained with."""
+        """every: 4 keeps every fourth of the image's 576 tokens; by default what the kind of model was trained with."""
         ids = self.tokenizer(self.template.format(prompt)).input_ids
         end = 1 if image is None else 5
         count, most = len(ids) - self.head - end, 257 - end

@@ -2261,6 +2261,8 @@ BAD_SNAPSHOTS = [
     ("--model {tmp}/words", "the template's head is [0-9]+ tokens, not 95"),
     ("--model {tmp}/words --config 13b", "--model brings its own config"),
     ("--model {tmp}/other", "config.json is of another model: qk_norm is layer_norm, not rms_norm"),
+    ("--model {tmp}/lacks", "text_encoder lacks 1 weights, layers.0.mlp.up_proj.weight among them"),
+    ("--model {good} --negative_embeds x", "--negative_embeds goes with --embeds"),
     ("--model {tmp}/nan", "x_embedder.proj.bias has values that are not finite"),
     ("--model {good} --height 100", "height 100 and width 96 must be multiples of 16"),
     ("--model {good} --cfg 1e38 --output /proc/none/x", "/proc/none"),
@@ -2270,7 +2272,7 @@ BAD_SNAPSHOTS = [
 
 def bad_snapshots(folder):
     good = folder / "snapshot"
-    for name in ("still", "words", "other", "nan"):
+    for name in ("still", "words", "other", "nan", "lacks"):
         shutil.copytree(good, folder / name)
     for name, change in (("still", dict(image_condition_type="token_replace")), ("other", dict(qk_norm="layer_norm"))):
         file = folder / name / "transformer/config.json"
@@ -2280,6 +2282,10 @@ def bad_snapshots(folder):
     tokenizer["pre_tokenizer"] = dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)
     file.write_text(json.dumps(tokenizer))
     file = next((folder / "nan/transformer").glob("*.safetensors"))
+    encoder = folder / "lacks/text_encoder/model.safetensors"
+    save_file(
+        {k: v for k, v in load_file(encoder).items() if k != "layers.0.mlp.up_proj.weight"}, encoder, dict(format="pt")
+    )
     weights = load_file(file)
     weights["x_embedder.proj.bias"][3] = math.nan
     save_file(weights, file, metadata=dict(format="pt"))
