@@ -317,7 +317,7 @@ def _lines(file):
     if not file:
         return []
     try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts {file} is not a text file: {error}") from None
     if not any(lines):
@@ -596,6 +596,8 @@ class Snapshot:
             raise ValueError(f"{self.folder} is not a snapshot in the diffusers layout: it has no {lost[0]}/")
         self.config = config_from_diffusers(self.folder / "transformer" / "config.json")
         self.shift = float(self._json("scheduler/scheduler_config.json", "shift"))
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"{self.folder / 'scheduler'} has a shift of {self.shift}")
         kind = self.config.image_condition_type
         if bool(args.image) != bool(kind) and not args.export:
             told = "its first frame: give --image" if kind else "no --image"
@@ -617,12 +619,15 @@ class Snapshot:
 
     @staticmethod
     def _image(file):
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         try:
-            return Image.open(file).convert("RGB")
-        except OSError as error:
+            image = ImageOps.exif_transpose(Image.open(file))  # a phone's picture lies on its side
+        except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"--image {file} is not an image: {error}") from None
+        if image.mode[0] in "IF":
+            raise ValueError(f"--image {file} has 16 or 32 bits a channel (mode {image.mode}): save it with 8")
+        return image.convert("RGB")
 
     def encode(self, pm, args, prompts, mine):
         """{prompt: (text, pooled)} of my prompts, the negative (text, pooled), the image's latents [1, 16, 1, h, w] or None.
