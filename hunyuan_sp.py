@@ -1091,7 +1091,11 @@ def config_from_diffusers(file):
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not the config of a HunyuanVideoTransformer3DModel ({error!r})") from None
     kind = config.image_condition_type
-    channels = {None: [config.in_channels], "token_replace": [16], "latent_concat": [2 * config.out_channels + 1]}
+    channels = {
+        None: [config.in_channels],
+        "token_replace": [config.out_channels],
+        "latent_concat": [2 * config.out_channels + 1],
+    }
     if config.in_channels not in channels.get(kind, []):
         raise ValueError(
             f"{file} has image_condition_type {kind} and {config.in_channels} channels: it is neither kind that is known"

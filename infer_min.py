@@ -201,11 +201,12 @@ def infer(args):
     if not todo:
         return pm
 
+    my_prompts = {clip.prompt for clip in mine}
     if snapshot:
         with stages("encode"):
-            texts, negative, image = snapshot.encode(pm, args, [clip.prompt for clip in todo], {c.prompt for c in mine})
+            texts, negative, image = snapshot.encode(pm, args, [clip.prompt for clip in todo], my_prompts)
     else:
-        texts, negative, image = embed_prompts(args, config, mine)
+        texts, negative, image = embed_prompts(args, config, my_prompts)
     with stages("load"):
         model = build_model(config, pm, args, checkpoints, path)
         vae = snapshot.vae(pm.device) if snapshot else None
@@ -325,12 +326,12 @@ def _lines(file):
     return [line for line in lines if line]
 
 
-def embed_prompts(args, config, clips):
+def embed_prompts(args, config, prompts):
     """{prompt: (text, pooled)}, the negative (text, pooled), no image: without a snapshot's encoders."""
     read = partial(read_text, config=config) if args.embeds else partial(Shapes.embed, config=config)
     negative = read_text(args.negative_embeds, config) if args.negative_embeds else None
     return (
-        {clip.prompt: read(clip.prompt) for clip in clips},
+        {prompt: read(prompt) for prompt in prompts},
         negative or Shapes.embed(args.negative_prompt, config),
         None,
     )
@@ -641,8 +642,7 @@ class Snapshot:
 
         encoders, image = [], None  # of rank 0 alone
         if args.embeds:
-            negative = embed_prompts(args, self.config, [])[1]
-            texts = {file: read_text(file, self.config) for file in mine}
+            texts, negative, _ = embed_prompts(args, self.config, mine)
         else:
             on_main(lambda: encoders.append(TextEncoders(self, pm.device)))
             texts = {}

@@ -863,9 +863,8 @@ def tiles_of_64_pixels():
     """What enable_tiling() sets, here at a size where a tiny clip has tiles."""
     from diffusers import AutoencoderKLHunyuanVideo as VAE
 
-    tiny, whole = dict(zip(("height", "width", "frames"), (64, 64, 16))), VAE.enable_tiling
-    strides = dict(tile_sample_stride_height=48, tile_sample_stride_width=48, tile_sample_stride_num_frames=12)
-    return mock.patch.object(VAE, "enable_tiling", lambda vae: whole(vae, *tiny.values(), **strides))
+    whole, sizes_and_strides = VAE.enable_tiling, (64, 64, 16, 48, 48, 12)  # height, width, frames
+    return mock.patch.object(VAE, "enable_tiling", lambda vae: whole(vae, *sizes_and_strides))
 
 
 def a_picture(file):
@@ -2281,11 +2280,11 @@ def bad_snapshots(folder):
     tokenizer = json.loads(file.read_text())
     tokenizer["pre_tokenizer"] = dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)
     file.write_text(json.dumps(tokenizer))
-    file = next((folder / "nan/transformer").glob("*.safetensors"))
     encoder = folder / "lacks/text_encoder/model.safetensors"
     save_file(
         {k: v for k, v in load_file(encoder).items() if k != "layers.0.mlp.up_proj.weight"}, encoder, dict(format="pt")
     )
+    file = next((folder / "nan/transformer").glob("*.safetensors"))
     weights = load_file(file)
     weights["x_embedder.proj.bias"][3] = math.nan
     save_file(weights, file, metadata=dict(format="pt"))

@@ -281,12 +281,10 @@ def find_start(checkpoints, args):
     checkpoint, never with one that an older run left in the same folder. A run's name is the tag of its checkpoints.
     """
     file, pm = Path(args.out) / "run.json", checkpoints.manager
-    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if launch == "none":
-        launch = f"process {os.getppid()}"
-    else:
-        restarted = True  # an agent that was replaced, with the same rendezvous id, counts from 0 again
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    launch = f"process {os.getppid()}" if run_id == "none" else run_id
+    # an agent that was replaced, with the same rendezvous id, counts from 0 again
+    restarted = run_id != "none" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
     def name_under_way():
         try:
