@@ -181,6 +181,7 @@ def infer(args):
     pm = ParallelManager(args.dp, args.sp, args.device)
     files = _fingerprint(*(args.embeds or ()), args.prompts)
     pm.check_equal(vars(args) | dict(torch=torch.__version__, shared=shared, files=files))
+    args.dtype = str(compute_dtype(args, pm.device)).removeprefix("torch.")
     checkpoints, path, stages = Checkpoints(pm, args.checkpoint), None, Stages(pm)
     if config is None:
         path, state = checkpoints.find()
@@ -206,7 +207,7 @@ def infer(args):
         with stages("encode"):
             texts, negative, image = snapshot.encode(pm, args, [clip.prompt for clip in todo], my_prompts)
     else:
-        texts, negative, image = embed_prompts(args, config, my_prompts)
+        texts, negative, image = embed_prompts(pm, args, config, my_prompts)
     with stages("load"):
         model = build_model(config, pm, args, checkpoints, path)
         vae = snapshot.vae(pm.device) if snapshot else None
@@ -228,7 +229,7 @@ def infer(args):
             pixels = decode(vae, latents, pm.sp_group) if vae else None
             if pixels is not None and config.image_condition_type == "latent_concat":
                 pixels = pixels[:, 4:]  # the image itself
-        pm.together(lambda pixels=pixels, clip=clip: pixels is None or check_clip(pixels, clip.prompt))
+        pm.together(partial(check_clip, pixels, clip.prompt) if pixels is not None else lambda: None)
         latents, surplus = latents.cpu(), turn * pm.dp_size + pm.dp_rank >= len(todo)
         if args.score and not surplus:
             colour, direction = Shapes.measure(latents)
@@ -236,6 +237,7 @@ def infer(args):
         with stages("write"):
             writes = pm.sp_rank == 0 and not surplus
             pm.together(partial(clip.write, latents, pixels, toy and not args.score) if writes else lambda: None)
+        del pixels  # 2 GB at 720p
     if args.score:
         total, colours, directions = (pm.sum(float(count)).item() / pm.sp_size for count in right)
         if pm.is_main:
@@ -326,15 +328,12 @@ def _lines(file):
     return [line for line in lines if line]
 
 
-def embed_prompts(args, config, prompts):
+def embed_prompts(pm, args, config, prompts):
     """{prompt: (text, pooled)}, the negative (text, pooled), no image: without a snapshot's encoders."""
-    read = partial(read_text, config=config) if args.embeds else partial(Shapes.embed, config=config)
+    read, texts = partial(read_text if args.embeds else Shapes.embed, config=config), {}
+    pm.together(lambda: texts.update((prompt, read(prompt)) for prompt in prompts))  # each group reads its own
     negative = read_text(args.negative_embeds, config) if args.negative_embeds else None
-    return (
-        {prompt: read(prompt) for prompt in prompts},
-        negative or Shapes.embed(args.negative_prompt, config),
-        None,
-    )
+    return texts, negative or Shapes.embed(args.negative_prompt, config), None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -584,21 +583,21 @@ class Snapshot:
 
     PARTS = "transformer vae scheduler".split()
     ENCODERS = "text_encoder text_encoder_2 tokenizer tokenizer_2".split()
+    SWITCHES = ("use_", "invert_sigmas", "shift_terminal", "stochastic_sampling")  # of other schedules
 
     def __init__(self, args):
         self.folder = Path(args.model)
         missing = [name for name in ("diffusers", "transformers", "av") if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(f"--model needs {', '.join(missing)}: pip install -e '.[pipeline]'")
+        check_encoder()
         if args.config or args.blocks:
             raise ValueError("--model brings its own config: leave out --config and --blocks")
         parts = self.PARTS + self.ENCODERS * (not args.embeds)
         if lost := [part for part in parts if not (self.folder / part).is_dir()]:
             raise ValueError(f"{self.folder} is not a snapshot in the diffusers layout: it has no {lost[0]}/")
         self.config = config_from_diffusers(self.folder / "transformer" / "config.json")
-        self.shift = float(self._json("scheduler/scheduler_config.json", "shift"))
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"{self.folder / 'scheduler'} has a shift of {self.shift}")
+        self.shift = self._shift()
         kind = self.config.image_condition_type
         if bool(args.image) != bool(kind) and not args.export:
             told = "its first frame: give --image" if kind else "no --image"
@@ -612,11 +611,19 @@ class Snapshot:
         parts = [self.folder / part for part in (*self.PARTS[1:], *self.ENCODERS)]
         return [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
 
-    def _json(self, name, key):
+    def _shift(self):
+        """Of the flow schedule. ValueError for a scheduler with other rules than `sigma_schedule`."""
+        file = self.folder / "scheduler/scheduler_config.json"
         try:
-            return json.loads((self.folder / name).read_text())[key]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder / name} does not say what {key} is ({error!r})") from None
+            config = json.loads(file.read_text())
+            kind, shift = config["_class_name"], float(config["shift"])
+            on = [name for name, value in config.items() if name.startswith(self.SWITCHES) and value]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} does not say which schedule it is, and its shift ({error!r})") from None
+        if kind != "FlowMatchEulerDiscreteScheduler" or on or not 0 < shift < math.inf:
+            told = f"{kind} with a shift of {shift}{' and ' * bool(on)}{', '.join(on)}"
+            raise ValueError(f"{file} is {told}: only the release's schedule is known, FlowMatchEulerDiscreteScheduler")
+        return shift
 
     @staticmethod
     def _image(file):
@@ -642,7 +649,7 @@ class Snapshot:
 
         encoders, image = [], None  # of rank 0 alone
         if args.embeds:
-            texts, negative, _ = embed_prompts(args, self.config, mine)
+            texts, negative, _ = embed_prompts(pm, args, self.config, mine)
         else:
             on_main(lambda: encoders.append(TextEncoders(self, pm.device)))
             texts = {}
@@ -665,7 +672,8 @@ class Snapshot:
 
         with open_safetensors(weight_files(self.folder / "vae")[0]) as handle:
             dtype = handle.get_tensor(next(iter(handle.keys()))).dtype
-        load = partial(_whole, AutoencoderKLHunyuanVideo, self.folder / "vae", dtype=dtype)
+        rules = dict(dtype=dtype, low_cpu_mem_usage=False)  # which would need accelerate
+        load = partial(_whole, AutoencoderKLHunyuanVideo, self.folder / "vae", **rules)
         vae = _of_library(self.folder / "vae", load).to(device).requires_grad_(False)
         vae.enable_tiling()
         return vae
@@ -774,6 +782,17 @@ def strip(frames, count=6, height=240):
     data, scale = io.BytesIO(), min(1.0, height / row.height)
     row.resize((round(row.width * scale), round(row.height * scale))).save(data, format="png")
     return data.getvalue()
+
+
+def check_encoder():
+    import av
+
+    try:
+        av.codec.Codec("libx264", "w")
+    except ValueError as error:
+        raise ValueError(
+            f"PyAV {av.__version__} has no H.264 encoder, libx264, to write an .mp4 with ({error})"
+        ) from None
 
 
 def mp4(frames, rate=24):

@@ -1,6 +1,6 @@
 """What takes longer than the suite: the same checks as in test_sp.py, with larger numbers. On two cores, from anywhere:
 
-    $ python .ci/endurance.py kills      # 50 kill -9 of random ranks over 770 steps; weights equal an undisturbed run's
+    $ python .ci/endurance.py kills      # 50 kill -9 of random ranks over 306 steps; weights equal an undisturbed run's
     $ python .ci/endurance.py saves      # 50 kill -9 inside saves; the last checkpoint is always whole
     $ python .ci/endurance.py faults     # a rank raises, dies, hangs, is stopped; seconds until the job has ended
     $ python .ci/endurance.py exits      # 100 runs in a row end with status 0
