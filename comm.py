@@ -407,10 +407,10 @@ class Checkpoints:
         # not rank 0: a lock of POSIX is lost when its process closes the file, however often it has it open
         self.manager.together((lambda: None) if self.manager.is_main else look)
 
-    def save(self, step, model, optimizer, extra, tag="", keep=0):
+    def save(self, step, model, optimizer, extra, tag="", keep=0, more=None):
         """Start saving weights, optimizer and `extra` (JSON) as step-N; training may go on when this returns.
 
-        `finish` completes it. keep: so many checkpoints with this tag stay, the newest (0: all).
+        `finish` completes it. keep: so many checkpoints with this tag stay, the newest (0: all). more: other tensors, by name.
         """
         self.finish()
         manager, final, temporary = self.manager, self.folder / f"step-{step}", self.folder / f"tmp-step-{step}"
@@ -421,7 +421,7 @@ class Checkpoints:
 
         manager.on_main(make_room)
         writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        written = dcp.async_save(_tensors(model, optimizer), storage_writer=writer, process_group=self.group)
+        written = dcp.async_save(_tensors(model, optimizer, more), storage_writer=writer, process_group=self.group)
 
         def read_back():  # in a thread, when all ranks have written: this rank's share of the files
             written.result()
@@ -498,10 +498,10 @@ class Checkpoints:
             raise FileNotFoundError(f"no whole checkpoint in {self.folder}: {problems[0]}")
         raise FileNotFoundError(f"no checkpoint in {self.folder}: there is no step-N folder in it")
 
-    def load(self, path, model, optimizer=None):
-        """Load what `find` gave into the model (and the optimizer): any layout, sharded or not."""
+    def load(self, path, model=None, optimizer=None, more=None):
+        """Load what `find` gave into the model, the optimizer, more: any layout, sharded or not. Frozen weights stay."""
         told, reader = f"{path} could not be loaded", dcp.HuggingFaceStorageReader(str(path))
-        tensors, saved = _tensors(model, optimizer), _or_oserror(told, reader.read_metadata).state_dict_metadata
+        tensors, saved = _tensors(model, optimizer, more), _or_oserror(told, reader.read_metadata).state_dict_metadata
         # a parameter that never had a gradient has no state, there or here
         stateful = {key.rpartition(".")[0] for key in saved}
         fresh = {
@@ -519,13 +519,16 @@ class Checkpoints:
                 optimizer.state.pop(param, None)
 
 
-def _tensors(model, optimizer):
-    """Everything that training changes, by name; learning rate and the like belong to the command line."""
+def _tensors(model, optimizer, more):
+    """Everything that training changes, by name: no frozen weights; learning rate and the like belong to the command line."""
+    frozen = {name for name, param in model.named_parameters() if not param.requires_grad} if model else ()
     state = get_optimizer_state_dict(model, optimizer, options=FLAT) if optimizer else {}
     for name, value in state.items():
         if name.startswith("state.") and not isinstance(value, torch.Tensor | None):
             raise ValueError(f"optimizer {name} is of type {type(value).__name__}: only tensors are saved")
-    named = {f"model.{name}": value for name, value in model.state_dict().items()}
+    weights = model.state_dict() if model else {}
+    named = {f"model.{name}": value for name, value in weights.items() if name not in frozen}
+    named |= {f"more.{name}": value for name, value in (more or {}).items()}
     return named | {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 

@@ -167,6 +167,21 @@ def rope_table(config, grid, start, stop, text=0, device=None):
     return angle.cos().repeat_interleave(2, 1), torch.stack((-angle.sin(), angle.sin()), -1).flatten(1)
 
 
+def with_image(latents, image, kind):
+    """Latents [B, C, T, h, w] as an image-to-video model is given them, with the image's own [B, C, 1, h, w].
+
+    token_replace: frame 0 is the image. latent_concat: [B, 2C + 1, T, h, w], beside each place the image's latents in frame 0,
+    zeros elsewhere, and a mask that is 1 in frame 0. kind: None for text-to-video.
+    """
+    if kind == "token_replace":
+        return torch.cat((image, latents[:, :, 1:]), 2)
+    if kind == "latent_concat":
+        beside = torch.zeros_like(torch.cat((latents, latents[:, :1]), 1))
+        beside[:, :-1, :1], beside[:, -1, 0] = image, 1
+        return torch.cat((latents, beside), 1)
+    return latents
+
+
 def patchify(x, patch_size):
     """[B, C, T, h, w] -> [B, S, C*pt*ph*pw], tokens in (t, h, w) raster order."""
     pt, ph, pw = patch_size
@@ -698,23 +713,35 @@ def forward_flops(config, video, text):
 @torch.no_grad()
 def assign(param, full):
     """Put a full tensor, equal on all ranks, into a parameter; of a sharded one each rank keeps its part."""
-    full = full.to(param.device, param.dtype)
-    if isinstance(param, DTensor):
-        full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
-    param.copy_(full)
+    param.copy_(part_of(full.to(param.device, param.dtype), param))
 
 
-def init_weights(model, seed=0):
+def part_of(full, param):
+    """A full tensor, equal on all ranks, as the parameter is: of a sharded one this rank's part."""
+    if not isinstance(param, DTensor):
+        return full
+    return distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+
+
+def whole(param):
+    """A parameter, gathered if it is sharded."""
+    return (param.full_tensor() if isinstance(param, DTensor) else param).detach()
+
+
+def init_weights(model, seed=0, only=""):
     """Initialise for training from scratch; a parameter's values depend on (seed, its name, kind of device), not the layout.
 
-    Modulations and the last layer start at zero, so that every block starts as the identity.
+    Modulations and the last layer start at zero, so that every block starts as the identity; so does a LoRA, whose B is zero.
+    only: parameters with this in their name.
     """
     shapes = {name: param.shape for name, param in model.named_parameters()}
     for name, param in model.named_parameters():
+        if only not in name:
+            continue
         module, _, kind = name.rpartition(".")
         generator = torch.Generator(param.device).manual_seed(zlib.crc32(name.encode()) + seed)
         full = torch.empty(param.shape, device=param.device)
-        if re.search(r"mod\.linear|modulation|final_layer\.linear", name) or name == "img_in.proj.bias":
+        if re.search(r"mod\.linear|modulation|final_layer\.linear|lora_B", name) or name == "img_in.proj.bias":
             full.zero_()
         elif re.search(r"norm\d?$", module):
             full.fill_(1.0 if kind == "weight" else 0.0)
@@ -816,7 +843,7 @@ def naming_of(names):
     return "comfyui" if any(re.search(r"_attn\.qkv|_mod\.lin\.|^time_in\.in_layer", n) for n in names) else "original"
 
 
-def _swap_halves(naming, name, tensor):
+def swap_halves(naming, name, tensor):
     """diffusers keeps the final layer's modulation as (scale, shift), the release as (shift, scale)."""
     swap = naming == "diffusers" and name.startswith("final_layer.adaLN_modulation")
     return torch.cat(tensor.chunk(2)[::-1]) if swap else tensor
@@ -826,7 +853,7 @@ def export_weight(config, name, tensor, naming):
     """One parameter of ours as {name: tensor} of another naming; ("original" gives it back)."""
     names, rows = names_in(naming, name), config.hidden_size
     sizes = [rows] * (len(names) - 1) + [len(tensor) - rows * (len(names) - 1)]
-    return dict(zip(names, _swap_halves(naming, name, tensor).split(sizes)))
+    return dict(zip(names, swap_halves(naming, name, tensor).split(sizes)))
 
 
 def load_weights(model, source):
@@ -839,7 +866,7 @@ def load_weights(model, source):
     """
     tensors = _unprefixed(_readers(source))
     naming = naming_of(tensors)
-    params = dict(model.named_parameters())
+    params = {name: param for name, param in model.named_parameters() if "lora_" not in name}
     sources, wrong = {name: names_in(naming, name) for name in params}, []
     wanted = {n for names in sources.values() for n in names}
     for name, names in sources.items():
@@ -858,7 +885,7 @@ def load_weights(model, source):
         _check_values(name, tensors[name][1]().to(device))
     for name, names in sources.items():
         parts = [tensors[n][1]().to(params[name].dtype) for n in names]  # parts may be of different types
-        assign(params[name], _swap_halves(naming, name, torch.cat(parts) if len(parts) > 1 else parts[0]))
+        assign(params[name], swap_halves(naming, name, torch.cat(parts) if len(parts) > 1 else parts[0]))
 
 
 def _check_values(name, tensor):
@@ -1018,7 +1045,7 @@ def save_weights(model, folder, naming="original", dtype=torch.bfloat16, shard_b
     folder, stem, writes = Path(folder), "diffusion_pytorch_model", not dist.is_initialized() or dist.get_rank() == 0
     shards, index, held = [{}], {}, 0
     for name, param in model.named_parameters():
-        full = (param.full_tensor() if isinstance(param, DTensor) else param).detach().to("cpu", dtype)
+        full = whole(param).to("cpu", dtype)
         _check_values(name, full)
         for key, tensor in export_weight(model.config, name, full, naming).items():
             if held and held + tensor.nbytes > shard_bytes:
@@ -1053,6 +1080,52 @@ def _write_shard(writes, folder, shards):
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(shards[-1], folder / f".part-{len(shards):05d}.safetensors")
     shards[-1] = {}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# LoRA, arXiv:2106.09685: y = W x + b + alpha / rank * B A x. W is frozen; A and B are trained, saved, and given to others
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer and its update by lora_A [rank, in] and lora_B [out, rank], in float32 beside weights of any dtype."""
+
+    def __init__(self, linear, rank, scale):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias, self.scale, bound = linear.weight, linear.bias, scale, linear.in_features**-0.5
+        like = dict(device=linear.weight.device, dtype=torch.promote_types(linear.weight.dtype, torch.float32))
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like).uniform_(-bound, bound))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def add_lora(model, rank, alpha=None):
+    """Freeze the model, and give each linear of its blocks, modulations aside, a LoRA. Before `shard`. alpha: default rank."""
+    for param in model.parameters():
+        param.requires_grad = False
+    for block in model.blocks:
+        for name, linear in [*block.named_modules()]:
+            if isinstance(linear, nn.Linear) and "mod" not in name:
+                module, _, last = name.rpartition(".")
+                setattr(block.get_submodule(module), last, LoRALinear(linear, rank, (alpha or rank) / rank))
+
+
+def save_lora(model, file, naming="original"):
+    """Write the LoRA as diffusers and ComfyUI read it, alpha / rank multiplied into B. Collective; rank 0 writes.
+
+    naming: "original", or "diffusers", where q, k and v are apart and share A.
+    """
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            a, b = whole(module.lora_A).cpu(), whole(module.lora_B).cpu() * module.scale
+            for theirs, rows in export_weight(model.config, f"{name}.weight", b, naming).items():
+                stem = "transformer." + theirs.removesuffix("weight")
+                tensors |= {f"{stem}lora_A.weight": a.clone(), f"{stem}lora_B.weight": rows.clone()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_safetensors(tensors, f"{file}.part")
+        Path(f"{file}.part").replace(file)
 
 
 # a field of ours: the same in the config.json of diffusers' HunyuanVideoTransformer3DModel

@@ -21,6 +21,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 import sys
 import time
 from functools import partial
@@ -40,20 +41,23 @@ from hunyuan_sp import (
     init_weights,
     latent_shape,
     load_weights,
+    names_in,
     open_safetensors,
+    part_of,
     read_text,
     save_weights,
     shift_sigma,
+    swap_halves,
     weight_files,
+    with_image,
 )
 from sampler import seeded
-from train_min import Clock, Shapes, add_common_flags, check_flags, compute_dtype, get_config, printed_time
+from train_min import Clock, Folder, Shapes, add_common_flags, check_flags, compute_dtype, get_config, printed_time
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
-    flag("--model", help="folder of a released snapshot, diffusers layout: prompts become .mp4 (the extra [pipeline])")
     flag("--prompt", action="append", help="what to show; may be given several times")
     flag("--prompts", help="a text file with one prompt a line")
     flag("--negative_prompt", default="", help="what to steer away from, where --cfg is over 1")
@@ -72,6 +76,12 @@ def parse(argv=None):
     flag("--cfg", type=float, default=1.0, help="true classifier-free guidance scale, two passes in one batch")
     flag("--seed", type=int, default=0, help="of the noise")
     flag("--output", default="clip", help="name of the files written, without ending; with a / at its end a folder")
+    flag(
+        "--encode",
+        help="a folder of videos and images with captions: each becomes a sample for train_min.py in --output",
+    )
+    flag("--no_buckets", action="store_true", help="all of --height and --width, not of the shape nearest to their own")
+    flag("--lora", action="append", help="FILE[:STRENGTH] to add to the weights; may be given several times")
     flag("--export", help="write the weights to this folder instead of sampling")
     flag("--naming", choices=NAMINGS, default="original", help="of --export")
     add_common_flags(p)
@@ -119,18 +129,12 @@ def sample(
     if kind:
         noise = torch.tensor(0.999).to(latents)  # in float32 the image's share is 0.00100005
         latents = noise * latents + (1 - noise) * image
-    beside = latents[:, :0]  # what else the model is told of each place
-    if kind == "latent_concat":
-        beside = torch.zeros_like(torch.cat((latents, latents[:, :1]), 1))
-        beside[:, :-1, :1], beside[:, -1, 0] = image, 1
     sigmas = sigma_schedule(steps, shift)
     for now, then in zip(sigmas.tolist(), sigmas[1:].tolist()):
         if clock:
             clock.start()
-        if kind == "token_replace":
-            latents = torch.cat((image, latents[:, :, 1:]), 2)
         t = torch.full((len(text),), 1000 * now, device=latents.device)
-        told = torch.cat((latents, beside), 1)
+        told = with_image(latents, image, kind)
         velocity = model(told.repeat(1 + true_cfg, 1, 1, 1, 1), t, padded, lengths, pooled, scale, group=group)
         velocity = velocity.to(latents.dtype)
         if true_cfg:
@@ -140,7 +144,7 @@ def sample(
         if clock:
             video = latents[0, 0].numel() // math.prod(model.config.patch_size)
             clock.stop(batch * video, sum(forward_flops(model.config, video, length) for length in lengths))
-    return torch.cat((image, latents[:, :, 1:]), 2) if kind == "token_replace" else latents
+    return with_image(latents, image, kind) if kind == "token_replace" else latents
 
 
 def sigma_schedule(steps, shift):
@@ -158,6 +162,8 @@ def infer(args):
     check_flags(args, "shift", 1e-9)
     check_flags(args, "cfg guidance", 0.0)
     check_flags(args, "seed", 0, 2**62)
+    if args.encode and not (args.model and args.output.endswith("/")):
+        raise ValueError("--encode needs --model, a snapshot, and --output FOLDER/ with a / at its end")
     if args.image and not args.model:
         raise ValueError("--image needs --model, an image-to-video snapshot")
     if args.negative_embeds and (args.negative_prompt or not args.embeds):
@@ -172,6 +178,7 @@ def infer(args):
     if config and config.out_channels != 3:
         latent_shape(config, args.height, args.width, args.frames)  # a size that can't be is told before the ranks meet
     files = [*weight_files(args.weights)] if args.weights else []
+    files += [file for file, _ in loras(args)]
     files += snapshot.files() if snapshot else []
     # of what all clips are made by; an image is read whole
     shared = [_fingerprint(file) for file in (*files, args.negative_embeds)] + [
@@ -182,12 +189,16 @@ def infer(args):
     files = _fingerprint(*(args.embeds or ()), args.prompts)
     pm.check_equal(vars(args) | dict(torch=torch.__version__, shared=shared, files=files))
     args.dtype = str(compute_dtype(args, pm.device)).removeprefix("torch.")
-    checkpoints, path, stages = Checkpoints(pm, args.checkpoint), None, Stages(pm)
+    checkpoints, path, state, stages = Checkpoints(pm, args.checkpoint), None, {}, Stages(pm)
     if config is None:
         path, state = checkpoints.find()
+        if state["args"].get("lora"):
+            raise ValueError(f"{path} is a LoRA: give its base model, and --lora {args.checkpoint}/lora.safetensors")
         config = HunyuanConfig.from_dict(state["config"])
+    if args.encode:
+        return encode(pm, snapshot, args, shared)
     if args.export:
-        return export(pm, build_model(config, pm, args, checkpoints, path), args)
+        return export(pm, build_model(config, pm, args, checkpoints, path, state), args)
     toy = config.out_channels == 3
     prompts = read_prompts(args, config)
     clips = [Clip(args, n, prompt, len(prompts), shared) for n, prompt in enumerate(prompts)]
@@ -209,7 +220,7 @@ def infer(args):
     else:
         texts, negative, image = embed_prompts(pm, args, config, my_prompts)
     with stages("load"):
-        model = build_model(config, pm, args, checkpoints, path)
+        model = build_model(config, pm, args, checkpoints, path, state)
         vae = snapshot.vae(pm.device) if snapshot else None
     shape = Shapes.CLIP_SHAPE if toy else latent_shape(config, args.height, args.width, args.frames)
     shift, right = args.shift or (4.0 if toy else 7.0), [0, 0, 0]
@@ -260,25 +271,106 @@ def check_clip(latents, title):
 # what it builds
 
 
-def build_model(config, pm, args, checkpoints, path):
-    """Trained (path: its checkpoint), released or random weights; plain tensors on every rank, or sharded."""
+def build_model(config, pm, args, checkpoints, path, state):
+    """Trained (path, state: its checkpoint), released or random weights; plain tensors on every rank, or sharded."""
     dtype = compute_dtype(args, pm.device)
     with torch.device("meta"):
-        model = HunyuanVideo(config, args.attention).requires_grad_(False)
+        model = HunyuanVideo(config, args.attention)
     if args.shard:
         pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype)
     else:
         model = (model if path else model.to(dtype)).to_empty(device=pm.device)
     if path:
-        checkpoints.load(path, model)
+        average = {name: param.detach() for name, param in model.named_parameters()} if state.get("ema") else None
+        checkpoints.load(path, None if average else model, more=average)
     elif args.weights:
         load_weights(model, args.weights)
     else:
         init_weights(model)
-    model = model if args.shard else model.to(dtype)
+    for file, strength in loras(args):
+        merge_lora(model, file, strength)
+    model = (model if args.shard else model.to(dtype)).requires_grad_(False)
     if args.compile:
         model.compile_blocks()
     return model
+
+
+def loras(args):
+    """[(file, strength)] of --lora FILE[:STRENGTH]."""
+    given = []
+    for told in args.lora or ():
+        file, colon, strength = told.rpartition(":")
+        try:
+            file, strength = (file, float(strength)) if colon else (told, 1.0)
+        except ValueError:  # a colon of the name
+            file, strength = told, 1.0
+        if not math.isfinite(strength) or not Path(file).is_file():
+            raise ValueError(
+                f"--lora {told} is not FILE or FILE:STRENGTH: there is no file {file}, or {strength} is none"
+            )
+        given.append((file, strength))
+    return given
+
+
+@torch.no_grad()
+def merge_lora(model, file, strength=1.0):
+    """Add a LoRA to the weights: W += strength * alpha / rank * B A, rounded once to the weights' dtype.
+
+    file: .safetensors in the original, diffusers or kohya naming; its alpha in a tensor, in diffusers' header, or in B already.
+    ValueError, before anything is changed, for layers that the model has not, of another shape, or not finite.
+    """
+    with open_safetensors(file) as handle:
+        tensors, header = {name: handle.get_tensor(name).float() for name in handle.keys()}, handle.metadata() or {}
+    params, places, layers = dict(model.named_parameters()), {}, {}
+    for name in (name for name, param in params.items() if name.endswith(".weight") and param.dim() == 2):
+        for naming in NAMINGS:
+            for n, theirs in enumerate(names_in(naming, name)):
+                places[theirs.removesuffix(".weight").replace(".", "_")] = name, naming, n
+    for name, tensor in tensors.items():
+        found = LORA_NAME.fullmatch(name)
+        if not found or found[1].replace(".", "_") not in places:
+            raise ValueError(f"{file} is not a LoRA of this model: {name} belongs to none of its layers")
+        layers.setdefault(found[1].replace(".", "_"), {})[LORA_PARTS[found[2]]] = tensor
+    alpha, root = header_alpha(header, file)
+    updates, rows = [], model.config.hidden_size
+    for layer, parts in layers.items():
+        name, naming, n = places[layer]
+        height = rows if n + 1 < len(names_in(naming, name)) else len(params[name]) - n * rows
+        shapes = {part: list(tensor.shape) for part, tensor in parts.items()}
+        rank = shapes.get("A", [0])[0]
+        if dict(alpha=[]) | shapes != dict(alpha=[], A=[rank, params[name].shape[1]], B=[height, rank]):
+            raise ValueError(
+                f"{file} has {shapes} for {layer}, which is [{height}, {params[name].shape[1]}] in the model"
+            )
+        if not all(tensor.isfinite().all() for tensor in parts.values()):
+            raise ValueError(f"{file} has values for {layer} that are not finite")
+        own = parts["alpha"].item() if "alpha" in parts else alpha
+        scale = strength if own is None else strength * own / (rank**0.5 if root else rank)
+        updates.append((name, naming, n * rows, scale, parts["A"], parts["B"]))
+    for name, naming, start, scale, a, b in updates:
+        param = params[name]
+        full = torch.zeros(param.shape, device=param.device)
+        full[start : start + len(b)] = scale * b.to(param.device) @ a.to(param.device)
+        param.copy_(param + part_of(swap_halves(naming, name, full), param))
+
+
+LORA_PARTS = dict(lora_A="A", lora_B="B", lora_down="A", lora_up="B", alpha="alpha")
+LORA_NAME = re.compile(
+    r"(?:transformer\.|diffusion_model\.|lora_unet_|Hunyuan_video_I2V_lora_)?"
+    r"(.+?)\.(lora_A|lora_B|lora_down|lora_up|alpha)(?:\.weight)?"
+)
+
+
+def header_alpha(header, file):
+    """(alpha or None, whether it is divided by the rank's root) of the header that diffusers writes."""
+    try:
+        config = json.loads(header.get("lora_adapter_metadata", "{}"))
+        config = {key.removeprefix("transformer."): value for key, value in config.items()}
+        if config.get("alpha_pattern"):
+            raise ValueError("it has an alpha_pattern")
+        return config and float(config["lora_alpha"]) or None, bool(config.get("use_rslora"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: its header's lora_adapter_metadata is not understood ({error!r})") from None
 
 
 def export(pm, model, args):
@@ -362,13 +454,8 @@ class Clip:
 
     def is_made(self):
         """Whether it is there, whole, and made by the same flags."""
-        if not all(self.file(ending).is_file() for ending in self.endings):
-            return False
-        try:
-            with open_safetensors(self.file(".safetensors")) as handle:
-                return (handle.metadata() or {}).get("made_by") == self.made_by
-        except ValueError:
-            return False
+        there = all(self.file(ending).is_file() for ending in self.endings)
+        return there and was_made_by(self.file(".safetensors"), self.made_by)
 
     def write(self, latents, pixels, draw):
         """Write the clip's files, each whole or not at all, and draw it. pixels: [3, F, H, W] of a VAE, if there was one."""
@@ -383,13 +470,27 @@ class Clip:
             self.file(ending).unlink(missing_ok=True)
         for ending, data in files.items():
             if data:
-                temporary = self.file("").with_name(f".{self.file('').name}.part")
-                temporary.write_bytes(data)
-                temporary.replace(self.file(ending))
+                write_whole(self.file(ending), data)
         if draw:
             print(f"{self.prompt}\n{colour_blocks(latents)}")
         told = "" if files.get(".gif", True) else " (a GIF too with Pillow: the extra [video])"
         print(f"{self.prompt}: wrote {', '.join(str(self.file(e)) for e, d in files.items() if d)}{told}", flush=True)
+
+
+def was_made_by(file, told):
+    """Whether a .safetensors is there and says so in its header."""
+    try:
+        with open_safetensors(file) as handle:
+            return (handle.metadata() or {}).get("made_by") == told
+    except ValueError:
+        return False
+
+
+def write_whole(file, data):
+    """Or not at all."""
+    temporary = file.with_name(f".{file.name}.part")
+    temporary.write_bytes(data)
+    temporary.replace(file)
 
 
 class Stages:
@@ -599,7 +700,7 @@ class Snapshot:
         self.config = config_from_diffusers(self.folder / "transformer" / "config.json")
         self.shift = self._shift()
         kind = self.config.image_condition_type
-        if bool(args.image) != bool(kind) and not args.export:
+        if bool(args.image) != bool(kind) and not (args.export or args.encode):
             told = "its first frame: give --image" if kind else "no --image"
             raise ValueError(f"{self.folder} is a {kind or 'text-to-video'} model, which takes {told}")
         if kind == "latent_concat" and args.frames < 5:
@@ -660,7 +761,8 @@ class Snapshot:
             negative = on_main(lambda: encoders[0](args.negative_prompt, black, every=2))
         encoders.clear()
         if self.image:
-            image = on_main(lambda: encode_image(self.vae(pm.device), self.image, args.height, args.width).cpu())
+            first = self.image.resize((args.width, args.height), Image.Resampling.LANCZOS)
+            image = on_main(lambda: encode_frames(self.vae(pm.device), [first]).cpu())
             image = image.to(pm.device)
         if pm.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -698,14 +800,12 @@ def _of_library(told, function):
 
 
 @torch.no_grad()
-def encode_image(vae, image, height, width):
-    """An RGB image -> its latents [1, 16, 1, h, w], float32: the posterior's mean, scaled."""
-    from PIL import Image
-
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    frame = (pixels.permute(2, 0, 1).float() / 127.5 - 1)[None, :, None]
-    return vae.encode(frame.to(vae.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+def encode_frames(vae, frames):
+    """RGB images of one size -> their latents [1, 16, T, h, w], float32: the posterior's mean, scaled."""
+    width, height = frames[0].size
+    pixels = [torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).view(height, width, 3) for x in frames]
+    video = (torch.stack(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1).to(vae.device, vae.dtype)
+    return vae.encode(video).latent_dist.mode().float() * vae.config.scaling_factor
 
 
 class TextEncoders:
@@ -723,7 +823,7 @@ class TextEncoders:
         transformers.logging.disable_progress_bar()
         from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
 
-        folder, with_image = snapshot.folder, snapshot.image is not None
+        folder, with_image = snapshot.folder, snapshot.config.image_condition_type is not None
         module = pipeline_hunyuan_video_image2video if with_image else pipeline_hunyuan_video
         self.template, self.head = module.DEFAULT_PROMPT_TEMPLATE["template"], 103 if with_image else 95
         # AutoTokenizer, or the class that the release names, may split by other rules: what counts is checked
@@ -771,6 +871,139 @@ class TextEncoders:
 
     def _states(self, ids, **more):
         return self.llama(input_ids=torch.tensor([ids], device=self.device), **more).last_hidden_state[0]
+
+
+def encode(pm, snapshot, args, shared):
+    """Videos and images with captions -> one .safetensors each in --output, as train_min.py reads them; and the empty prompt.
+
+    The ranks take turns at the files. A sample is written whole or not at all; one that is there, made by the same flags
+    of the same file, is not made again. What can't be read is named, skipped and counted.
+    """
+    out, tools, began = Path(args.output), [], time.perf_counter()
+    found = pm.on_main(lambda: videos_and_captions(Path(args.encode)))
+    for rank in range(pm.world_size):  # one after another: a host never holds the encoders twice
+        load = lambda: tools.extend((TextEncoders(snapshot, pm.device), snapshot.vae(pm.device)))  # noqa: E731
+        pm.together(partial(_of_library, snapshot.folder, load) if pm.rank == rank else lambda: None)
+    encoders, vae = tools
+    kind = snapshot.config.image_condition_type
+    made_by = dict(size=[args.height, args.width, args.frames, args.no_buckets], shared=shared)
+    pm.on_main(lambda: out.mkdir(parents=True, exist_ok=True))
+    if not kind:
+        pm.on_main(
+            lambda: write_whole(out / Folder.EMPTY, safetensors.torch.save(dict(zip(("text", "pooled"), encoders("")))))
+        )
+
+    def one(file, caption):
+        """None, or why it is skipped."""
+        try:
+            target = out / f"{file.name}.safetensors"
+            told = json.dumps(made_by | dict(file=checksum(file), caption=caption), sort_keys=True)
+            if was_made_by(target, told):
+                return "there"
+            if caption is None:
+                raise ValueError(f"there is no {file.stem}.txt, and no line for it in captions.jsonl")
+            frames = read_frames(file, args)
+            sample = dict(
+                latents=encode_frames(vae, frames)[0],
+                **dict(zip(("text", "pooled"), encoders(caption, kind and frames[0]))),
+            )
+            if kind:
+                sample |= dict(image=encode_frames(vae, frames[:1])[0])
+                sample |= dict(zip(("empty_text", "empty_pooled"), encoders("", frames[0])))
+            if not all(x.isfinite().all() for x in sample.values()):
+                raise ValueError("its latents or text are not finite")
+        except ValueError as error:
+            return f"skipping {file}: {error}"
+        sample = {name: x.cpu().contiguous() for name, x in sample.items()}
+        write_whole(target, safetensors.torch.save(sample, dict(format="pt", made_by=told)))
+        return "made"
+
+    results = []
+    for n in range(0, len(found), pm.world_size):
+        mine = found[n : n + pm.world_size][pm.rank :][:1]
+        results += [told for told in pm.together(lambda mine=mine: one(*mine[0]) if mine else None) if told]
+        if pm.is_main:
+            left = (time.perf_counter() - began) / len(results) * (len(found) - len(results))
+            for told in results[n:]:
+                if told not in ("made", "there"):
+                    print(told, flush=True)
+            print(f"sample {len(results)} of {len(found)} · {printed_time(left)} left", flush=True)
+    counts = [results.count("made"), results.count("there")]
+    if pm.is_main:
+        print(f"wrote {counts[0]} samples to {out}, {counts[1]} were there, {len(results) - sum(counts)} skipped")
+    if not sum(counts):
+        raise ValueError(f"{args.encode} holds nothing that could be encoded")
+    return pm
+
+
+VIDEOS, IMAGES = (".mp4", ".mov", ".webm", ".mkv"), (".png", ".jpg", ".jpeg", ".webp")
+
+
+def videos_and_captions(folder):
+    """[(file, caption or None)] of a folder, by name: of NAME.txt, or of lines {"file": .., "caption": ..} of captions.jsonl."""
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in VIDEOS + IMAGES and file.name[0] != ".")
+    if not files:
+        raise ValueError(f"--encode {folder} holds no {', '.join(VIDEOS + IMAGES)}")
+    captions = {}
+    try:
+        if (folder / "captions.jsonl").exists():
+            lines = (folder / "captions.jsonl").read_text(encoding="utf-8-sig").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+            captions = {str(row["file"]): str(row["caption"]) for row in rows}
+        for file in files:
+            if file.with_suffix(".txt").exists():
+                captions[file.name] = file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: the captions can't be read ({error!r})") from None
+    if unknown := sorted(set(captions) - {file.name for file in files}):
+        raise ValueError(f"{folder}/captions.jsonl names {unknown[0]}, which is not there")
+    return [(file, captions.get(file.name)) for file in files]
+
+
+def read_frames(file, args):
+    """RGB images of one size from a video, at each 1/24 s the frame shown then, or from an image; 4k + 1, --frames at most.
+
+    Resized and cropped at the centre to --height x --width, or to the size of that area whose shape is nearest.
+    ValueError for what can't be read.
+    """
+    from PIL import Image, ImageOps
+
+    def fit(image):
+        size = (args.width, args.height) if args.no_buckets else bucket(*image.size, args.height * args.width)
+        return ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
+
+    if file.suffix.lower() in IMAGES:
+        return [fit(Snapshot._image(file))]
+    import av
+
+    frames, shown = [], None
+    try:
+        with av.open(str(file)) as video:
+            stream = video.streams.video[0]
+            start, end = None, 0.0
+            for frame in video.decode(stream):
+                start = frame.time if start is None else start
+                while shown and len(frames) / 24 < frame.time - start - 1e-3 and len(frames) < args.frames:
+                    frames.append(shown)
+                if len(frames) == args.frames:
+                    break
+                shown = fit(frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True))
+                end = frame.time - start + 1 / (stream.average_rate or 24)
+            while shown and len(frames) / 24 < end - 1e-3 and len(frames) < args.frames:
+                frames.append(shown)
+    except (av.error.FFmpegError, IndexError, TypeError, OSError, ValueError) as error:
+        raise ValueError(f"it is not a video that can be read ({error})") from None
+    if not frames:
+        raise ValueError("it has no frames")
+    return frames[: (len(frames) - 1) // 4 * 4 + 1]
+
+
+def bucket(width, height, area):
+    """The (width, height) in steps of 16, of at most this area, whose shape is nearest to width x height."""
+    sizes = [(max(16, area // h // 16 * 16), h) for h in range(16, area // 16 + 1, 16)]
+    return min(
+        sizes, key=lambda size: (round(abs(math.log(size[0] / size[1] * height / width)), 6), -size[0] * size[1])
+    )
 
 
 def strip(frames, count=6, height=240):

@@ -286,6 +286,60 @@ def check_gradients(pm, folder):
             close(g, t)
 
 
+def check_flow_loss_with_an_image(pm, folder):
+    """token_replace: frame 0 is the image, given and not learned. latent_concat: the image and its mask beside, all learned."""
+    for kind, channels in (("token_replace", 4), ("latent_concat", 9)):
+        config = replace(CONFIG, in_channels=channels, out_channels=4, image_condition_type=kind)
+        model, draw = random_model(config, pm.device), draws(7)
+        noisy, target, image = (draw(2, 4, frames, 4, 6).to(pm.device) for frames in (3, 3, 1))
+        inputs = random_inputs(replace(config, in_channels=4), (3, 4, 6), (5, 2), pm.device)
+        batch = inputs | dict(latents=noisy, target=target, image=image, weight=torch.ones(2, device=pm.device))
+        told, first = noisy.clone(), int(kind == "token_replace")
+        told[:, :, :first] = image[:, :, :first]
+        if channels == 9:
+            beside, mask = torch.zeros_like(noisy), torch.zeros_like(noisy[:, :1])
+            beside[:, :, :1], mask[:, :, 0] = image, 1
+            told = torch.cat((noisy, beside, mask), 1)
+        guidance = torch.full((2,), 6016.0, device=pm.device)
+        velocity = model(told, *(inputs[n] for n in NAMES[1:5]), guidance)
+        truth = (velocity - target)[:, :, first:].square().mean()
+        ours = train_min.flow_loss(model, batch, 6.0, pm.sp_group) / train_min.count_tokens(batch, config)
+        close(pm.sum(ours.detach(), pm.sp_group), truth.detach())
+
+
+def with_lora(device):
+    """A model whose LoRA changes what it computes."""
+    model, draw = random_model(CONFIG, device), draws(4)
+    hunyuan_sp.add_lora(model, 3, 6.0)
+    for name, param in model.named_parameters():
+        if "lora_" in name:
+            param.data = draw(param.shape).to(device) * 0.2
+    return model
+
+
+def check_lora_gradients(pm, folder):
+    """Every A and B, and nothing else, however sharded, checkpointed and accumulated: equal to one device on all samples."""
+    lengths = [3, 1, 4, 2, 6, 5, 2, 1, 3, 4][: 2 * pm.dp_size]
+    inputs, truth = random_inputs(CONFIG, (3, 4, 6), lengths, pm.device), with_lora(pm.device)
+    cotangent = draws(3)(len(lengths), CONFIG.out_channels, 3, 4, 6).to(pm.device)
+    (truth(**inputs) * cotangent).sum().backward()
+    settings = [(pm.world_size, 1, True, "none"), (pm.world_size, 2, False, "full")]
+    settings += [(size, 2, True, "attention") for size in sorted({pm.sp_size, 1} - {pm.world_size})]
+    for size, accumulation, reshard, checkpointing in settings:
+        model, mine = with_lora(pm.device), [pm.dp_rank, pm.dp_rank + pm.dp_size]
+        pm.shard(model, model.blocks, shard_size=size, reshard_after_forward=reshard)
+        for n, part in enumerate([mine] if accumulation == 1 else [mine[:1], mine[1:]]):
+            batch = {name: x[part] for name, x in inputs.items()}
+            out = model(**batch, group=pm.sp_group, gather=False, checkpointing=checkpointing)
+            local = split_sequence(patchify(cotangent[part], (1, 2, 2)), pm.sp_group)
+            pm.backward(model, (out * local).sum(), last=n + 1 == accumulation)
+        for (name, param), true in zip(model.named_parameters(), truth.parameters()):
+            assert param.requires_grad == ("lora_" in name) == (param.grad is not None), name
+            if param.requires_grad:
+                assert true.grad.abs().max() > 1e-6, f"{name} is not tested: its gradient is zero"
+                close(param.grad.full_tensor(), true.grad)
+
+
 class SplitThenGather(torch.autograd.Function):
     """A split whose backward is an all-gather: right only where each rank's gradient would otherwise be discarded."""
 
@@ -554,7 +608,7 @@ def check_three_steps(pm, folder, steps=5):
         stream = batches(pm.dp_rank, pm.dp_size, accumulation)
         for step in range(last + 1):
             micro = next(stream)
-            count = pm.sum(sum(train_min.count_tokens(b, (1, 2, 2)) for b in micro), pm.dp_group)
+            count = pm.sum(sum(train_min.count_tokens(b, config) for b in micro), pm.dp_group)
             total = 0.0
             for m, batch in enumerate(micro):
                 loss = train_min.flow_loss(model, batch, 1.0, pm.sp_group, checkpointing) / count
@@ -619,6 +673,40 @@ def check_loss_curve_and_resume(pm, folder, everyone=False):
         assert [entry["step"] for entry in resumed] == steps
         for a, b in zip(ours[-len(steps) :], resumed):
             assert abs(a["loss"] - b["loss"]) <= tolerance * a["loss"], (name, a, b)
+
+
+LORA = "--blocks 1,1 --lora 2 --lora_alpha 4 --ema 0.5 --lr 1e-2 --warmup 1 --steps 4 --batch 5 --accumulation 2 --save_every 2".split()
+LORA += "--validate_every 2 --validate 0.001".split()  # 4 samples of 4096
+
+
+def check_lora_curve_and_resume(pm, folder):
+    """A LoRA with its average and its validation loss: the same on every layout; step 2 of the 1x1 run goes on here; what is
+    saved is what is trained; and sampling with the file is sampling with the average."""
+    base, own, first = folder / "lora-base", folder / f"lora-{pm.dp_size}x{pm.sp_size}", folder / "lora-1x1"
+    flags = [*LORA, "--weights", str(base)]
+    if pm.world_size == 1:
+        model = random_model(HunyuanConfig.preset("tiny", double_depth=1, single_depth=1), dtype=torch.float32)
+        hunyuan_sp.save_weights(model, base, dtype=torch.float32)
+    train(pm, *flags, "--out", str(own))
+    pm.on_main(lambda: shutil.copytree(first / "step-2", own / "again/step-2") and None)
+    train(pm, *flags, "--out", str(own / "again"), "--resume")
+    for truth, ours in ((losses(first), losses(own)), (losses(first)[2:], losses(own / "again"))):
+        assert [entry["step"] for entry in ours] == [entry["step"] for entry in truth]
+        for a, b in zip(truth, ours):
+            assert ("validation_loss" in a) == ("validation_loss" in b) == (a["step"] % 2 == 0)
+            for key in ("loss", "grad_norm", *(["validation_loss"] if a["step"] % 2 == 0 else [])):
+                assert abs(a[key] - b[key]) <= 1e-6 * a[key], (key, a, b)
+    if pm.world_size == 1:
+        assert equal(load_checkpoint(own / "again/step-4"), load_checkpoint(own / "step-4"))
+    saved = {name.partition("/")[2] for name in load_checkpoint(own / "step-4")}
+    assert all("lora_" in name for name in saved) and any(name.startswith("more.") for name in saved)
+    theirs, file = (load_file(path / "lora.safetensors") for path in (first, own))
+    for name in theirs:
+        close(file[name], theirs[name], 1e-4)  # in float32, after four steps of Adam
+    with pytest.raises(ValueError, match=r"lora: \[2, 4.0, '\w+'\] there, \[3, 4.0, '\w+'\] here"):
+        train(pm, *flags, "--out", str(own), "--resume", "--lora", "3")
+    with pytest.raises(ValueError, match="is a LoRA: give its base model"):
+        infer_min.infer(infer_min.parse([*layout_flags(pm), "--checkpoint", str(own)]))
 
 
 def check_sampling(pm, folder):
@@ -993,6 +1081,7 @@ ONLY = dict(  # where another layout would show nothing new
     noise_is_for_benchmarks="1x2",
     three_steps="1x1 1x2 2x1 1x3 2x2 1x5",
     loss_curve_and_resume="1x1 1x2 2x1 1x3 2x2",
+    lora_curve_and_resume="1x1 1x2 2x2",
     a_damaged_checkpoint_is_never_loaded="1x2",
     what_a_checkpoint_can_hold="1x2",
     blocks_are_compiled_once="1x1 1x2 1x3",
@@ -1001,6 +1090,7 @@ ONLY = dict(  # where another layout would show nothing new
 )
 NEEDED = {
     "loss_curve_and_resume": ["loss_curve_and_resume"],
+    "lora_curve_and_resume": ["lora_curve_and_resume"],
     "sampling": ["loss_curve_and_resume", "sampling"],
     "pipelines": ["pipelines"],
     "decoding": ["decoding"],
@@ -1016,6 +1106,8 @@ def worker(rank, world, layout, checks, folder, cuda):
     torch.set_num_threads(1)
     torch.multiprocessing.set_start_method("fork", force=True)  # of processes that load data
     os.environ["LOCAL_RANK"] = str(rank)
+    printed = os.open(folder / f"{layout}.{rank}.printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(printed, 1), os.dup2(printed, 2)
     if cuda:
         torch.cuda.set_device(rank)
     store, backend = dist.FileStore(str(folder / f"store-{layout}"), world), "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -1177,7 +1269,7 @@ def test_flow_loss(golden):
     batch = dict(latents=clip + sigma.view(2, 1, 1, 1, 1) * (noise - clip), target=noise - clip, weight=torch.ones(2))
     batch |= {n: golden[f"a.{n}"] for n in NAMES[1:5]}
     fixed = with_guidance(model, golden["a.guidance"])  # the loss takes one scale for a batch, the fixture has two
-    loss = train_min.flow_loss(fixed, batch, 6.0, None) / train_min.count_tokens(batch, (1, 2, 2))
+    loss = train_min.flow_loss(fixed, batch, 6.0, None) / train_min.count_tokens(batch, GOLDEN)
     same = torch.equal(hunyuan_sp.sinusoid(golden["time.t"]), golden["time.sinusoid256"])
     assert abs(loss.item() - golden["train.loss_ref64"].item()) < (1e-10 if same else 1e-6)
 
@@ -2114,7 +2206,7 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("train --lr inf", "--lr inf is not at least 1e-09 and finite"),
     ("train --guidance nan", "--guidance nan is not at least 0.0"),
     ("train --seed 12345678901234567890", "--seed 12345678901234567890 is not in 0 .."),
-    ("train --data {bad}/masked", "masked/a.safetensors holds text_mask beside latents, text and pooled"),
+    ("train --data {bad}/masked", "masked/a.safetensors holds text_mask beside latents, text, pooled"),
     ("train --attention fa5", "attention 'fa5' is none of sdpa, fa4"),
     ("train --data {bad}/none", "there is no .safetensors file in"),
     ("train --data {bad}", "there is no .safetensors file in"),
@@ -2283,7 +2375,7 @@ BAD_SNAPSHOTS = [
     ("--model {tmp}/still --image {tmp}/deep.png", "deep.png has 16 or 32 bits a channel"),
     ("--model {tmp}/unknown", "image_condition_type kind and 16 channels: it is neither kind that is known"),
     ("--model {tmp}/dynamic", "a shift of 7.0 and use_dynamic_shifting: only the release's schedule is known"),
-    ("--model {good} --frames 10", "multiples of 16, frames 10 must be 4k+1"),
+    ("--model {good} --frames 10", "multiples of 16, frames 10 must be 4k.1"),
     ("--model {tmp}/words", "the template's head is [0-9]+ tokens, not 95"),
     ("--model {tmp}/words --config 13b", "--model brings its own config"),
     ("--model {tmp}/other", "config.json is of another model: qk_norm is layer_norm, not rms_norm"),
@@ -2320,6 +2412,116 @@ def bad_snapshots(folder):
     weights = load_file(file)
     weights["x_embedder.proj.bias"][3] = math.nan
     save_file(weights, file, metadata=dict(format="pt"))
+
+
+PEFT = pytest.mark.skipif(
+    not (EXTRA and importlib.util.find_spec("peft")), reason="needs the extra [pipeline], and peft"
+)
+
+
+def loras_latents(pipe, noise, folder, *files):
+    """What our sampling makes of make_lora.py's call with LoRA files added, [(file, strength)]."""
+    from make_lora import CALL
+
+    model = HunyuanVideo(hunyuan_sp.config_from_diffusers(folder / "transformer" / "config.json"))
+    load_weights(model, folder / "transformer")
+    for file, strength in files:
+        infer_min.merge_lora(model, file, strength)
+    text, pooled, mask = pipe.encode_prompt(prompt=CALL["prompt"])
+    text = [row[: m.sum()].float() for row, m in zip(text, mask)]
+    with mock.patch.object(
+        infer_min, "guidance_input", lambda s, b, d: torch.full((b,), 1000.0 * s)
+    ):  # pipelines' in fp32
+        return infer_min.sample(
+            model, noise, text, pooled.float(), CALL["num_inference_steps"], 7.0, CALL["guidance_scale"]
+        )
+
+
+@PEFT
+def test_lora_files_of_others(tmp_path):
+    """A LoRA that peft trained gives here what it gives in diffusers' pipeline: at strength 1 and 0.5, alpha in the header or
+    in B, and in kohya's naming with alpha in a tensor; and two files add up."""
+    from make_lora import load, make_lora
+    from make_snapshot import make_snapshot
+
+    make_snapshot(tmp_path / "t2v", "t2v")
+    make_lora(tmp_path / "t2v", tmp_path / "lora")
+    truth, pipe = load_file(tmp_path / "lora/effect.safetensors"), load(tmp_path / "t2v")
+    ours = partial(loras_latents, pipe, truth["noise"], tmp_path / "t2v")
+    header, folded = (tmp_path / f"lora/{name}.safetensors" for name in ("pytorch_lora_weights", "folded"))
+    kohya, names = {}, dict(lora_A="lora_down", lora_B="lora_up")
+    for name, tensor in load_file(header).items():
+        module, part, _ = name.removeprefix("transformer.").rsplit(".", 2)
+        stem = "lora_unet_" + module.replace(".", "_")
+        kohya |= {f"{stem}.{names[part]}.weight": tensor, f"{stem}.alpha": torch.tensor(8.0)}
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    close(ours(), truth["without"], 1e-5)
+    for file in (header, folded, tmp_path / "kohya.safetensors"):
+        close(ours((file, 1.0)), truth["with_lora"], 1e-4)
+        close(ours((file, 0.5)), truth["half"], 1e-4)
+    close(ours((folded, 0.25), (header, 0.25)), truth["half"], 1e-4)
+    assert (truth["with_lora"] - truth["without"]).abs().max() > 0.5
+    good = load_file(folded)
+    key = next(name for name in good if "lora_A" in name)
+    for tensors, told in (
+        (good | {"transformer.more.lora_A.weight": torch.ones(1)}, "transformer.more.lora_A.weight belongs to none"),
+        ({k: v for k, v in good.items() if k != key}, "has {'B': .*} for .*, which is .* in the model"),
+        (good | {key: torch.ones(4, 7)}, "'A': \\[4, 7\\]"),
+        (good | {key: good[key] * math.inf}, "not finite"),
+    ):
+        save_file(tensors, tmp_path / "bad.safetensors")
+        with pytest.raises(ValueError, match=told):
+            ours((tmp_path / "bad.safetensors", 1.0))
+
+
+@PEFT
+def test_our_lora_in_diffusers(tmp_path):
+    """The pipeline with our file gives what our own layers give, at strength 1 and 0.5; and at the release's width, where
+    diffusers reads the original names, both namings are the same LoRA."""
+    from diffusers import HunyuanVideoPipeline
+    from make_lora import CALL, SHAPE, latents, load
+    from make_snapshot import make_snapshot
+
+    make_snapshot(tmp_path / "t2v", "t2v")
+    pipe, noise = load(tmp_path / "t2v"), torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    model, draw = (
+        HunyuanVideo(hunyuan_sp.config_from_diffusers(tmp_path / "t2v/transformer/config.json")),
+        draws(5, torch.float32),
+    )
+    load_weights(model, tmp_path / "t2v/transformer")
+    hunyuan_sp.add_lora(model, 4, 8.0)
+    for name, param in model.named_parameters():
+        if "lora_" in name:
+            param.data = draw(param.shape) * 0.2
+    hunyuan_sp.save_lora(model, tmp_path / "ours.safetensors", "diffusers")
+    hunyuan_sp.save_lora(model, tmp_path / "original.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", adapter_name="a")
+    text, pooled, mask = pipe.encode_prompt(prompt=CALL["prompt"])
+    text = [row[: m.sum()].float() for row, m in zip(text, mask)]
+    with mock.patch.object(infer_min, "guidance_input", lambda s, b, d: torch.full((b,), 1000.0 * s)):
+        own = infer_min.sample(
+            model, noise, text, pooled.float(), CALL["num_inference_steps"], 7.0, CALL["guidance_scale"]
+        )
+    for strength in (1.0, 0.5):
+        pipe.set_adapters(["a"], [strength])
+        truth = latents(pipe)
+        for name in ("ours", "original"):
+            close(
+                loras_latents(pipe, noise, tmp_path / "t2v", (tmp_path / f"{name}.safetensors", strength)), truth, 1e-4
+            )
+        assert strength < 1 or close(own, truth, 1e-4) is None
+
+    with torch.device("meta"):
+        wide = HunyuanVideo(HunyuanConfig(24, double_depth=1, single_depth=1, refiner_depth=1, mlp_ratio=0.5)).to_empty(
+            device="cpu"
+        )
+    hunyuan_sp.add_lora(wide, 2)
+    init_weights(wide, only="lora_A")
+    files = {}
+    for naming in ("original", "diffusers"):
+        hunyuan_sp.save_lora(wide, tmp_path / f"{naming}.safetensors", naming)
+        files[naming] = HunyuanVideoPipeline.lora_state_dict(load_file(tmp_path / f"{naming}.safetensors"))
+    assert equal(files["original"], files["diffusers"]) and len(files["original"]) == 2 * (12 + 5)
 
 
 def test_without_the_extra(tmp_path):

@@ -10,6 +10,7 @@ In this order: flags, the loop, what it builds, the loss, data, the screen, sign
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -32,6 +33,8 @@ from hunyuan_sp import (
     CHECKPOINTING,
     HunyuanConfig,
     HunyuanVideo,
+    add_lora,
+    config_from_diffusers,
     forward_flops,
     guidance_input,
     init_weights,
@@ -39,11 +42,14 @@ from hunyuan_sp import (
     load_weights,
     open_safetensors,
     patchify,
+    read_text,
+    save_lora,
     shapes_in,
     shift_sigma,
     text_fits,
     text_lengths,
     weight_files,
+    with_image,
 )
 from sampler import DPSPBatchSampler, seeded
 
@@ -51,7 +57,7 @@ from sampler import DPSPBatchSampler, seeded
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
-    flag("--config", default="tiny", help="model preset: tiny (default) or 13b")
+    flag("--config", help="model preset: tiny (default) or 13b")
     flag("--sp", "--sequence_parallel_size", type=int, default=1, help="ranks that share a sample (default 1)")
     flag("--dp", "--data_parallel_size", type=int, help="data-parallel groups (default: world size / sp)")
     flag("--shard_size", type=int, help="HSDP: shard weights over so many ranks, replicate beyond (default: all)")
@@ -59,12 +65,22 @@ def parse(argv=None):
     flag("--steps", type=int, default=900, help="optimizer steps in all, those before a resume included")
     flag("--batch", type=int, help="global batch: samples a step over all ranks (default 16; 13b: dp x accumulation)")
     flag("--accumulation", type=int, default=1, help="micro-batches a step")
-    flag("--lr", type=float, help="peak learning rate, then a cosine to a tenth (default 2e-3; 13b: 1e-5)")
+    flag("--lr", type=float, help="peak, then a cosine to a tenth (default 2e-3; 13b, --model: 1e-5; --lora: 1e-4)")
     flag("--warmup", type=int, default=50, help="steps of linear warm-up")
     flag("--clip", type=float, default=1.0, help="global gradient norm")
     flag("--shift", type=float, help="flow shift of the noise levels (default 4; 13b: 7, for 720p x 129 frames)")
     flag("--guidance", type=float, default=1.0, help="guidance scale fed to models that embed it")
     flag("--caption_drop", type=float, default=0.1, help="chance of training a sample without its text")
+    flag("--lora", type=int, help="train a LoRA of this rank, the weights frozen; written to --out/lora.safetensors")
+    flag("--lora_alpha", type=float, help="its update is alpha / rank times B A (default: the rank)")
+    flag(
+        "--ema",
+        type=float,
+        default=0.0,
+        help="decay of an average of what is trained, for validation and sampling (0: none)",
+    )
+    flag("--validate_every", type=int, default=0, help="steps between losses on samples held out (default 0: none)")
+    flag("--validate", type=float, default=0.05, help="share of the samples that is held out then, at least one")
     flag("--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)")
     flag("--seed", type=int, default=0, help="of weights, order, noise and caption drop")
     flag("--out", default="out", help="folder of checkpoints and log.jsonl")
@@ -82,8 +98,9 @@ def parse(argv=None):
     flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
     add_common_flags(p)
     args = p.parse_args(argv)
+    args.config = args.config or (None if args.model else "tiny")
     big = args.config != "tiny"
-    args.lr = (1e-5 if big else 2e-3) if args.lr is None else args.lr
+    args.lr = (1e-4 if args.lora else 1e-5 if big else 2e-3) if args.lr is None else args.lr
     args.shift = (7.0 if big else 4.0) if args.shift is None else args.shift
     args.checkpointing = args.checkpointing or ("attention" if big else "none")
     args.workers = int(big) if args.workers is None else args.workers
@@ -94,6 +111,9 @@ def add_common_flags(p):
     """What training and sampling have in common."""
     flag = p.add_argument
     flag("--blocks", help="cut the depth of --config to D,S double and single blocks, e.g. 4,8")
+    flag(
+        "--model", help="folder of a released snapshot, diffusers layout: its config and weights (sampling: all of it)"
+    )
     flag("--weights", help="file or folder of released weights (original, diffusers or ComfyUI naming)")
     flag("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     flag("--dtype", choices=("float32", "bfloat16"), help="compute (default: bfloat16 on GPUs, float32 on CPUs)")
@@ -116,24 +136,32 @@ CHECK_EVERY = 100  # steps between checks that sp ranks share their samples
 
 def train(args):
     """Build everything, take the steps, save. Gives back the ParallelManager."""
-    check_flags(args, "steps batch accumulation shard_size", 1)
-    check_flags(args, "warmup save_every keep workers", 0)
-    check_flags(args, "lr clip shift", 1e-9)
+    check_flags(args, "steps batch accumulation shard_size lora", 1)
+    check_flags(args, "warmup save_every keep workers validate_every", 0)
+    check_flags(args, "lr clip shift lora_alpha", 1e-9)
     check_flags(args, "timeout", 1e-9, 1e7)
-    check_flags(args, "caption_drop", 0.0, 1.0)
+    check_flags(args, "caption_drop validate", 0.0, 1.0)
     check_flags(args, "seed", 0, 2**62)
     check_flags(args, "guidance", 0.0)
+    check_flags(args, "ema", 0.0, 0.999999)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
         torch.use_deterministic_algorithms(True)
     config = get_config(args)
-    data = build_data(config, args)
+    args.weights = args.weights or (f"{args.model}/transformer" if args.model else None)
+    data, held = hold_out(build_data(config, args), args)
+    noise = isinstance(data, RandomLatents)
+    if args.lora and not args.weights and not noise:
+        raise ValueError("--lora changes weights that are there: give --model or --weights")
+    if args.lora_alpha and not args.lora:
+        raise ValueError("--lora_alpha goes with --lora")
     weights = fingerprint(weight_files(args.weights)) if args.weights else ""
 
     # who am I; which samples are mine; where did we stop
     pm = ParallelManager(args.dp, args.sp, args.device, args.timeout)
     batch_size = args.batch or (16 if args.config == "tiny" else pm.dp_size * args.accumulation)
-    pm.check_equal(vars(args) | dict(torch=torch.__version__, data=data.fingerprint(), weight_files=weights))
+    facts = dict(torch=torch.__version__, data=data.fingerprint(), weight_files=weights)
+    pm.check_equal(vars(args) | facts)
     sampler = DPSPBatchSampler(
         len(data),
         batch_size,
@@ -148,12 +176,11 @@ def train(args):
     checkpoints.claim()
     path, state = find_start(checkpoints, args)
     if path:
-        check_config(config, state, path)
+        check_same(config, what_is_trained(args, weights), state, path)
         sampler.load_state_dict(state["sampler"])
-    model, optimizer = build_model(config, pm, args, checkpoints, path)
+    model, optimizer, average = build_model(config, pm, args, checkpoints, path)
     stream = batches(data, sampler, pm, args)
     start = step = state.get("step", 0)
-    noise = isinstance(data, RandomLatents)
     clock = Clock(pm, args.steps - start, f"{args.out}/trace" if args.profile else None, profiled=args.profile or noise)
     progress = Progress(pm, model, data, batch_size, args, start)
     saved, skipped = start, 0
@@ -164,7 +191,7 @@ def train(args):
         if step < 3 or step % CHECK_EVERY == 0:
             check_samples(pm, micro_batches, step)
         # the loss is a mean over the tokens of all dp ranks and micro-batches, not a mean of means
-        count = pm.sum(sum(count_tokens(b, config.patch_size) for b in micro_batches), pm.dp_group).item()
+        count = pm.sum(sum(count_tokens(b, config) for b in micro_batches), pm.dp_group).item()
         loss = torch.zeros((), device=pm.device)
         for n, batch in enumerate(micro_batches):
             batch = {k: v if k == "text_mask" else v.to(pm.device, non_blocking=True) for k, v in batch.items()}
@@ -181,12 +208,16 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         pm.step(optimizer, skip=not finite)  # norm and loss are sums over all ranks: all skip, or none
+        average.update(skip=not finite)
         sampler.advance()
         step += 1
         flops = 3 * pm.sum(sum(batch_flops(config, b) for b in micro_batches), pm.dp_group).item()
         clock.stop(count, flops)
-        odd = [] if finite else name_odd_samples(pm, micro_batches, data)
-        progress.step(step, loss, norm, lr, clock, skipped=not finite, odd=odd)
+        more = {} if finite else dict(not_finite=name_odd_samples(pm, micro_batches, data))
+        if held and (step % args.validate_every == 0 or step == args.steps):
+            with average.used():
+                more |= dict(validation_loss=validate(model, held, pm, args))
+        progress.step(step, loss, norm, lr, clock, skipped=not finite, more=more)
 
         skipped = 0 if finite else skipped + 1
         if skipped >= MAX_SKIPPED:
@@ -203,8 +234,12 @@ def train(args):
         signals["save"] &= not save
         if due or save or stop:
             extra = dict(config=asdict(config), args=vars(args), layout=[pm.dp_size, pm.sp_size])
+            extra |= what_is_trained(args, weights)
             extra |= dict(sampler=sampler.state_dict())
-            checkpoints.save(step, model, optimizer, extra, tag=state["tag"], keep=args.keep)
+            checkpoints.save(step, model, optimizer, extra, state["tag"], args.keep, average.values)
+            if args.lora:
+                with average.used():
+                    pm.together(partial(save_lora, model, f"{args.out}/lora.safetensors"))
             saved = step
         if stop:
             break
@@ -231,8 +266,10 @@ def check_flags(args, names, low, high=math.inf):
 
 
 def get_config(args):
-    """--config, --blocks: ValueError for what cannot be."""
+    """--config and --blocks, or --model's own: ValueError for what cannot be."""
     changes = {}
+    if args.model and (args.config or args.blocks):
+        raise ValueError("--model brings its own config: leave out --config and --blocks")
     if args.blocks:
         try:
             changes = dict(zip(("double_depth", "single_depth"), map(int, args.blocks.split(",")), strict=True))
@@ -240,7 +277,8 @@ def get_config(args):
                 raise ValueError
         except ValueError:
             raise ValueError(f"--blocks {args.blocks} is not two numbers D,S, e.g. 4,8") from None
-    config = HunyuanConfig.preset(args.config, **changes)
+    file = Path(args.model or ".") / "transformer" / "config.json"
+    config = config_from_diffusers(file) if args.model else HunyuanConfig.preset(args.config, **changes)
     if (args.sp or 1) > config.num_heads:
         raise ValueError(f"sequence_parallel_size {args.sp} is more than the {config.num_heads} heads")
     return config
@@ -254,18 +292,52 @@ def build_model(config, pm, args, checkpoints, path):
     """On the meta device first: no rank ever holds all weights. path: the checkpoint that they come from, or None."""
     with torch.device("meta"):
         model = HunyuanVideo(config, args.attention)
-    dtype = compute_dtype(args, pm.device)
+        dtype = compute_dtype(args, pm.device)
+        if args.lora:  # beside frozen weights in the dtype that is computed in
+            add_lora(model.to(dtype), args.lora, args.lora_alpha)
     pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype, args.shard_size)
-    if args.weights and not path:
+    if args.weights and (args.lora or not path):
         load_weights(model, args.weights)
-    elif not path:
-        init_weights(model, args.seed)
+    if not path:
+        init_weights(model, args.seed, only="lora_" if args.weights else "")
     if args.compile:
         model.compile_blocks()
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.01, fused=True)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.99), weight_decay=0.01, fused=True)
+    average = Average(model, args.ema)
     if path:
-        checkpoints.load(path, model, optimizer)
-    return model, optimizer
+        checkpoints.load(path, model, optimizer, average.values)
+    return model, optimizer, average
+
+
+class Average:
+    """An exponential moving average of what is trained, sharded as that is. Decay 0: there is none, and nothing to do."""
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.params = {
+            name: param.detach() for name, param in model.named_parameters() if decay and param.requires_grad
+        }
+        self.values = {name: param.clone() for name, param in self.params.items()}
+
+    def update(self, skip=False):
+        """After an optimizer step that was taken."""
+        if self.params and not skip:
+            values, params = ([x.to_local() for x in tensors.values()] for tensors in (self.values, self.params))
+            torch._foreach_lerp_(values, params, 1 - self.decay)
+
+    @contextlib.contextmanager
+    def used(self):
+        """The model has the average's values inside, its own afterwards."""
+        self._swap()
+        yield
+        self._swap()
+
+    def _swap(self):
+        for name, param in self.params.items():
+            own = param.clone()
+            param.copy_(self.values[name])
+            self.values[name].copy_(own)
 
 
 def learning_rate(step, args):
@@ -305,9 +377,19 @@ def find_start(checkpoints, args):
     return path, state
 
 
-def check_config(config, state, path):
-    """ValueError with the fields that differ from what a checkpoint was trained with."""
-    was, now = state["config"], json.loads(json.dumps(asdict(config)))
+def what_is_trained(args, weights):
+    """Beside the config. The frozen weights belong to a LoRA's checkpoint, which does not hold them."""
+    lora = [args.lora, args.lora_alpha or args.lora, weights] if args.lora else None
+    return dict(lora=lora, ema=args.ema > 0)
+
+
+def check_same(config, trained, state, path):
+    """ValueError with what differs from what a checkpoint was trained with."""
+    was, now = (
+        state["config"] | dict(lora=state.get("lora"), ema=state.get("ema", False)),
+        json.loads(json.dumps(asdict(config) | trained)),
+    )
+    was = dict(image_condition_type=None) | was  # checkpoints from before there was one
     if wrong := [
         f"{k}: {was.get(k)} there, {now.get(k)} here" for k in sorted({*was, *now}) if was.get(k) != now.get(k)
     ]:
@@ -341,19 +423,25 @@ def name_odd_samples(pm, micro_batches, data):
 
 def flow_loss(model, batch, guidance, group, checkpointing="none"):
     """The sum over this rank's tokens of their mean squared error, to be divided by the global token count."""
-    config = model.config
+    config, kind = model.config, model.config.image_condition_type
     inputs = {name: batch[name] for name in ("latents", "timestep", "text", "pooled")}
+    inputs["latents"] = with_image(batch["latents"], batch.get("image"), kind)
     inputs["text_mask"] = text_lengths(batch["text_mask"])  # FSDP2 would take the mask to the GPU, to be fetched back
     scale = guidance_input(guidance, len(batch["latents"]), batch["latents"].device) if config.guidance_embed else None
     velocity = model(**inputs, guidance=scale, group=group, gather=False, checkpointing=checkpointing)
     target = split_sequence(patchify(batch["target"], config.patch_size), group)
-    error = (velocity.to(target.dtype) - target).square().mean(2)
-    return (error * batch["weight"][:, None]).sum()
+    error = (velocity.to(target.dtype) - target).square().mean(2) * batch["weight"][:, None]
+    if kind == "token_replace":  # the image is given, not learned: its tokens are the first
+        tokens = torch.arange(patchify(batch["target"], config.patch_size).shape[1], device=error.device)
+        error = error * (split_sequence(tokens, group, 0) >= len(tokens) // batch["target"].shape[2])
+    return error.sum()
 
 
-def count_tokens(batch, patch_size):
+def count_tokens(batch, config):
     """Video tokens that carry weight: what the mean is taken over."""
-    return batch["weight"].sum().item() * math.prod(batch["target"].shape[2:]) / math.prod(patch_size)
+    frames, height, width = batch["target"].shape[2:]
+    frames -= config.image_condition_type == "token_replace"
+    return batch["weight"].sum().item() * frames * height * width / math.prod(config.patch_size)
 
 
 def batch_flops(config, batch):
@@ -363,19 +451,26 @@ def batch_flops(config, batch):
     return batch["weight"].sum().item() * forward_flops(config, video, text)
 
 
-def collate(items, seed, shift, caption_drop):
-    """Items -> one batch, noise included: it is a function of (seed, epoch, sample), so resume is exact on any layout."""
-    rows = []
-    for index, clip, text, pooled in items:
+def collate(items, seed, shift, caption_drop, sigma=None):
+    """Items -> one batch, noise included: it is a function of (seed, epoch, sample), so resume is exact on any layout.
+
+    sigma: this noise level for all, else each its own.
+    """
+    rows, images, given = [], [], sigma
+    for index, clip, text, pooled, *more in items:
         generator = seeded("flow", seed, getattr(index, "epoch", 0), int(index))
         noise = torch.randn(clip.shape, generator=generator)
         sigma = shift_sigma(torch.randn((), generator=generator).sigmoid(), shift)
+        sigma = sigma if given is None else torch.tensor(given)
+        image, empty = more or (None, None)
         if torch.rand((), generator=generator) < caption_drop:
-            text, pooled = torch.zeros_like(text[:1]), torch.zeros_like(pooled)
+            text, pooled = empty or (torch.zeros_like(text[:1]), torch.zeros_like(pooled))
+        images += [image] * (image is not None)
         rows.append(((1 - sigma) * clip + sigma * noise, noise - clip, 1000 * sigma, text, pooled))
     noisy, target, timestep, texts, pooled = zip(*rows)
     mask = torch.arange(max(map(len, texts))) < torch.tensor([len(t) for t in texts])[:, None]
-    return dict(
+    batch = dict(image=torch.stack(images)) if images else {}
+    return batch | dict(
         latents=torch.stack(noisy),
         target=torch.stack(target),
         timestep=torch.stack(timestep),
@@ -385,6 +480,21 @@ def collate(items, seed, shift, caption_drop):
         weight=torch.tensor([getattr(item[0], "weight", 1.0) for item in items]),
         samples=torch.tensor([int(item[0]) for item in items]),
     )
+
+
+@torch.no_grad()
+def validate(model, held, pm, args):
+    """The mean flow loss over the samples held out, each at four noise levels with the same noise every time: far quieter
+    than the training loss, and the same on any layout."""
+    total, count = torch.zeros((), device=pm.device), 0.0
+    for sigma in (0.2, 0.4, 0.6, 0.8):
+        sampler = DPSPBatchSampler(len(held), pm.dp_size, pm.dp_rank, pm.dp_size, shapes=held.shapes, names=held.names)
+        rules = partial(collate, seed=0, shift=1.0, caption_drop=0.0, sigma=sigma)
+        for batch in DataLoader(held, batch_sampler=sampler, collate_fn=rules):
+            batch = {k: v if k == "text_mask" else v.to(pm.device) for k, v in batch.items()}
+            total += flow_loss(model, batch, args.guidance, pm.sp_group)
+            count += count_tokens(batch, model.config)
+    return (pm.sum(total.double()) / pm.sum(count, pm.dp_group)).item()
 
 
 def batches(data, sampler, pm, args):
@@ -404,7 +514,39 @@ def batches(data, sampler, pm, args):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# data: item i is (i, latents [C, T, h, w], text [L, text_dim], pooled [pooled_dim])
+# data: item i is (i, latents [C, T, h, w], text [L, text_dim], pooled [pooled_dim]); of a folder also the image's latents
+# [C, 1, h, w] or None, and the (text, pooled) that a dropped caption becomes, or None
+
+
+def hold_out(data, args):
+    """(what is trained on, what is held out or None): the same samples are held out on any layout and after a resume."""
+    if not args.validate_every:
+        return data, None
+    held = max(1, round(args.validate * len(data)))
+    if held >= len(data):
+        raise ValueError(f"--validate {args.validate} of {len(data)} samples leaves none to train on")
+    order = sorted(range(len(data)), key=lambda i: (zlib.crc32(Path(data.name(i)).name.encode()), i))
+    return Part(data, sorted(order[held:])), Part(data, sorted(order[:held]))
+
+
+class Part:
+    """Some of the samples of a data set."""
+
+    def __init__(self, data, indices):
+        self.data, self.indices = data, indices
+        self.shapes, self.names = ([x[i] for i in indices] if x else None for x in (data.shapes, data.names))
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return i, *self.data[self.indices[i]][1:]
+
+    def name(self, i):
+        return self.data.name(self.indices[i])
+
+    def fingerprint(self):
+        return self.data.fingerprint()
 
 
 def build_data(config, args):
@@ -416,11 +558,21 @@ def build_data(config, args):
 
 
 class Folder:
-    """One .safetensors a sample: latents [C, T, h, w] (already times the VAE's 0.476986), text [L, 4096], pooled [768]."""
+    """One .safetensors a sample: latents [C, T, h, w] (already times the VAE's 0.476986), text [L, 4096], pooled [768].
+
+    For image-to-video models also image [C, 1, h, w], and empty_text and empty_pooled, what a dropped caption becomes; for
+    others that is in empty_prompt.safetensors, where there is one, else a token of zeros.
+    """
+
+    EMPTY = "empty_prompt.safetensors"
 
     def __init__(self, config, folder):
-        self.files = sorted(Path(folder).glob("*.safetensors"))
-        self.files = [file for file in self.files if not file.name.startswith(".")]
+        self.with_image, self.empty = config.image_condition_type is not None, None
+        allowed = ["latents", "text", "pooled", *("image empty_text empty_pooled".split() if self.with_image else ())]
+        self.files = [file for file in sorted(Path(folder).glob("*.safetensors")) if not file.name.startswith(".")]
+        if not self.with_image and Path(folder, self.EMPTY) in self.files:
+            self.files.remove(Path(folder, self.EMPTY))
+            self.empty = read_text(Path(folder, self.EMPTY), config)
         if not self.files:
             raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
         self.shapes, self.names = [], [file.name for file in self.files]
@@ -429,10 +581,18 @@ class Folder:
                 raise ValueError(f"{file} is not a file")
             with open_safetensors(file) as handle:
                 shapes = shapes_in(handle)
-            if more := sorted(set(shapes) - {"latents", "text", "pooled"}):
+            if more := sorted(set(shapes) - set(allowed)):
                 raise ValueError(
-                    f"{file} holds {', '.join(more)} beside latents, text and pooled, which would be ignored: text has valid "
-                    "tokens only, and needs no mask"
+                    f"{file} holds {', '.join(more)} beside {', '.join(allowed)}, which would be ignored: text has "
+                    "valid tokens only, and needs no mask"
+                )
+            if self.with_image and (
+                shapes.get("image") != [*shapes.get("latents", [])[:1], 1, *shapes.get("latents", [])[2:]]
+                or not text_fits({name: shapes.get(f"empty_{name}", []) for name in ("text", "pooled")}, config)
+            ):
+                raise ValueError(
+                    f"{file} holds {shapes}: an image-to-video model needs image [{config.out_channels}, 1, h, w], empty_text "
+                    "and empty_pooled too, as infer_min.py --encode writes them"
                 )
             latents = shapes.get("latents", [])
             fits = len(latents) == 4 and latents[0] == config.out_channels and text_fits(shapes, config)
@@ -456,7 +616,9 @@ class Folder:
 
     def __getitem__(self, i):
         with open_safetensors(self.files[i]) as handle:
-            return i, *(handle.get_tensor(name).float() for name in ("latents", "text", "pooled"))
+            sample = {name: handle.get_tensor(name).float() for name in handle.keys()}
+        empty = (sample["empty_text"], sample["empty_pooled"]) if self.with_image else self.empty
+        return i, sample["latents"], sample["text"], sample["pooled"], sample.get("image"), empty
 
 
 class Made:
@@ -581,14 +743,14 @@ class Progress:
             replace_text(path, "".join(x for x in lines if x.endswith("\n") and 0 < step_of(x) <= start))
             self.log = open(path, "a")
 
-    def step(self, step, loss, norm, lr, clock, skipped, odd=()):
+    def step(self, step, loss, norm, lr, clock, skipped, more):
+        """more: what else goes into the step's line of log.jsonl."""
         self.losses.append(loss)
         self.skipped += skipped
         if not self.pm.is_main:
             return
         speed, steps, seconds = clock.rates(), self.args.steps, clock.seconds[-1]
-        entry = dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped) | speed
-        entry |= dict(not_finite=odd) if odd else {}
+        entry = dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped) | speed | more
         entry = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
         }  # NaN is no JSON
@@ -602,7 +764,9 @@ class Progress:
             f"grad norm {norm:.2f} · {seconds:.2f} s/step · {speed['tokens_per_s']} tokens/s{mfu} · "
             f"{speed['peak_gib']:.1f} GiB · {printed_time(left)} left"
         )
-        for name in odd:
+        if "validation_loss" in more:
+            print(f"\nstep {step}: loss {more['validation_loss']:.5f} on the samples held out", flush=True)
+        for name in more.get("not_finite", ()):
             print(f"step {step} is skipped: {name} has values that are not finite", flush=True)
         if seconds > 20 and len(self.losses) == 3:
             print(
@@ -626,6 +790,8 @@ class Progress:
             print(json.dumps(clock.report() | dict(skipped=self.skipped)), flush=True)
         why = ", stopped by a signal" if step < self.args.steps else ""
         print(f"saved {self.args.out}/step-{saved}{why}" if saved else f"nothing saved{why}", flush=True)
+        if self.args.lora and saved:
+            print(f"its LoRA: {self.args.out}/lora.safetensors")
         if saved and not self.args.data and self.args.config == "tiny":
             print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
 
