@@ -2414,6 +2414,157 @@ def bad_snapshots(folder):
     save_file(weights, file, metadata=dict(format="pt"))
 
 
+def write_video(file, frames, height, width, rate=24, seed=0):
+    """Lossless, so that what comes back is known."""
+    import av
+
+    pixels = torch.randint(0, 256, (frames, height // 8, width // 8, 3), generator=torch.Generator().manual_seed(seed))
+    pixels = pixels.repeat_interleave(8, 1).repeat_interleave(8, 2).byte()
+    with av.open(str(file), "w") as video:
+        stream = video.add_stream("libx264rgb", rate=rate, options=dict(crf="0"))
+        stream.height, stream.width, stream.pix_fmt = height, width, "rgb24"
+        for frame in pixels.numpy():
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        video.mux(stream.encode())
+    return pixels
+
+
+@NEEDS_EXTRA
+def test_from_videos_to_a_lora(tmp_path):
+    """As a user types it: a folder of videos is encoded on two ranks, whatever is in it; a LoRA is trained on it, sampled
+    with, and merged into the weights."""
+    from PIL import Image
+
+    snapshot, videos, out = tmp_path / "snapshot", tmp_path / "videos", tmp_path / "latents"
+    subprocess.run([sys.executable, GOLD / "make_snapshot.py", snapshot], check=True, capture_output=True, timeout=300)
+    videos.mkdir()
+    pixels = write_video(videos / "a.mp4", 11, 64, 96)
+    write_video(videos / "fast.mkv", 30, 64, 96, rate=48, seed=1)
+    write_video(videos / "short.mp4", 3, 64, 96, seed=2)
+    write_video(videos / "portrait.mp4", 9, 128, 64, seed=3)
+    write_video(videos / "untold.mp4", 9, 64, 96, seed=4)
+    (videos / "broken.mp4").write_bytes((videos / "a.mp4").read_bytes()[:900])
+    Image.new("RGB", (192, 128), "red").save(videos / "picture.png")
+    captions = dict(a="a cat", fast="", short="a dog", portrait="a cat walks", broken="a cow")
+    for name, caption in captions.items():
+        (videos / f"{name}.txt").write_text(caption + "\n")
+    (videos / "captions.jsonl").write_text(json.dumps(dict(file="picture.png", caption="red")) + "\n")
+    flags = [
+        "--model",
+        snapshot,
+        "--encode",
+        videos,
+        "--output",
+        f"{out}/",
+        "--height",
+        64,
+        "--width",
+        96,
+        "--frames",
+        9,
+    ]
+    work = start_forked("infer", *flags, ranks=2, out=tmp_path)
+    wait_for(lambda: list(out.glob("*.*.safetensors")) or not work[0][0].is_alive())
+    for process, _ in work:
+        process.kill()
+        process.join()
+    finished = {file: file.read_bytes() for file in out.glob("*.*.safetensors")}
+    told = fork("infer", *flags, ranks=2, out=tmp_path)
+    assert [code for code, _ in told] == [0, 0], told
+    printed = told[0][1]
+    counts = re.search(r"wrote (\d) samples to .*, (\d) were there, (\d) skipped", printed).groups()
+    assert counts == (str(5 - len(finished)), str(len(finished)), "2") and finished, printed
+    assert all(file.read_bytes() == data for file, data in finished.items()), "what was finished is made again"
+    assert re.search("skipping .*broken.mp4: it is not a video", printed) and "there is no untold.txt" in printed, (
+        printed
+    )
+    shapes = {file.name: list(load_file(file)["latents"].shape) for file in out.glob("*.*.safetensors")}
+    assert shapes == {
+        "a.mp4.safetensors": [16, 3, 8, 12],
+        "fast.mkv.safetensors": [16, 3, 8, 12],  # 15 frames at 24 a second, 13 of them, of which 9 were asked for
+        "short.mp4.safetensors": [16, 1, 8, 12],
+        "portrait.mp4.safetensors": [16, 3, 14, 6],
+        "picture.png.safetensors": [16, 1, 8, 12],
+    }
+
+    # equal to what the snapshot's own encoders say
+    one = infer_min.Snapshot(infer_min.parse([*map(str, flags[:4]), "--output", f"{out}/"]))
+    vae, encoders = one.vae(torch.device("cpu")), infer_min.TextEncoders(one, torch.device("cpu"))
+    sample, video = load_file(out / "a.mp4.safetensors"), (pixels[:9].permute(3, 0, 1, 2)[None].float() / 127.5 - 1)
+    close(sample["latents"], vae.encode(video).latent_dist.mean[0].detach() * 0.476986, 1e-5)
+    for file, caption in (("a.mp4", "a cat"), ("fast.mkv", ""), ("picture.png", "red")):
+        sample, (text, pooled) = load_file(out / f"{file}.safetensors"), encoders(caption)
+        close(sample["text"], text, 1e-5), close(sample["pooled"], pooled, 1e-5)
+    close(load_file(out / train_min.Folder.EMPTY)["text"], encoders("")[0], 1e-5)
+
+    # one sample is gone, one has another caption: these two are made, and no other
+    before = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    (out / "a.mp4.safetensors").unlink()
+    (videos / "short.txt").write_text("a bird")
+    ((code, printed),) = fork("infer", *flags, out=tmp_path)
+    assert code == 0 and "wrote 2 samples" in printed and "3 were there, 2 skipped" in printed, printed
+    after = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {
+        "a.mp4.safetensors",
+        "short.mp4.safetensors",
+        train_min.Folder.EMPTY,
+    }
+    close(
+        load_file(out / "a.mp4.safetensors")["latents"], vae.encode(video).latent_dist.mean[0].detach() * 0.476986, 1e-5
+    )
+
+    run = [
+        "--model",
+        snapshot,
+        "--data",
+        out,
+        "--lora",
+        2,
+        "--steps",
+        3,
+        "--batch",
+        2,
+        "--lr",
+        1e-2,
+        "--caption_drop",
+        0.5,
+    ]
+    run += ["--validate_every", 1, "--validate", 0.2, "--workers", 0, "--out", tmp_path / "cat"]
+    told = fork("train", *run, ranks=2, out=tmp_path)
+    assert [code for code, _ in told] == [0, 0], told
+    entries = losses(tmp_path / "cat")
+    assert len({entry["validation_loss"] for entry in entries}) == 3, entries
+    clip = ["--model", snapshot, "--prompt", "a cat", *SIZE, "--output"]
+    clips = []
+    for name, more in dict(
+        without=[],
+        merged=["--lora", tmp_path / "cat/lora.safetensors"],
+        none=["--lora", f"{tmp_path}/cat/lora.safetensors:0"],
+    ).items():
+        ((code, printed),) = fork("infer", *clip, tmp_path / name, *more, out=tmp_path)
+        assert code == 0, printed
+        clips.append(load_file(tmp_path / f"{name}.safetensors")["latents"])
+    assert torch.equal(clips[0], clips[2]) and (clips[0] - clips[1]).abs().max() > 1e-3
+    export = [
+        "--model",
+        snapshot,
+        "--lora",
+        tmp_path / "cat/lora.safetensors",
+        "--export",
+        tmp_path / "merged",
+        "--naming",
+        "diffusers",
+    ]
+    ((code, printed),) = fork("infer", *export, out=tmp_path)
+    assert code == 0, printed
+    shutil.copytree(snapshot, tmp_path / "tuned")
+    shutil.rmtree(tmp_path / "tuned/transformer")
+    shutil.copytree(tmp_path / "merged", tmp_path / "tuned/transformer")
+    ((code, printed),) = fork("infer", "--model", tmp_path / "tuned", *clip[2:], tmp_path / "tuned-clip", out=tmp_path)
+    assert code == 0, printed
+    close(load_file(tmp_path / "tuned-clip.safetensors")["latents"], clips[1], 2e-2)  # the export is in bfloat16
+
+
 PEFT = pytest.mark.skipif(
     not (EXTRA and importlib.util.find_spec("peft")), reason="needs the extra [pipeline], and peft"
 )
