@@ -50,7 +50,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.profiler import record_function
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -225,11 +225,12 @@ class ParallelManager:
         groups = [dist.new_subgroups_by_enumeration(g.tolist(), timeout=self.timeout)[0] for g in (grid.T, grid)]
         return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=names)
 
-    def shard(self, model, blocks, param_dtype=None, shard_size=None, reshard_after_forward=True):
+    def shard(self, model, blocks, param_dtype=None, shard_size=None, reshard_after_forward=True, offload=False):
         """FSDP2 over all ranks, dp and sp together, block by block, in place.
 
         param_dtype: compute in it, with weights, gradients and their reduction kept as they are (float32).
         shard_size: HSDP, shard inside groups of so many neighbouring ranks, replicate across them.
+        offload: weights, gradients and the optimizer's state live in the host's memory, and the optimizer works there.
         A model on the meta device is given (uninitialised) memory for its shards only.
         """
         kept = set(model.state_dict())
@@ -243,12 +244,14 @@ class ParallelManager:
         # casting inputs would round t = 999.0 to 1000.0 in bf16
         reduce_dtype = torch.float32 if param_dtype else None
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+        where = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy()
+        rules = dict(mesh=mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=reshard_after_forward)
         for module in (*blocks, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+            fully_shard(module, **rules)
             module.set_gradient_divide_factor(1.0)  # the gradient rule: a plain sum
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
         if any(p.is_meta for p in model.parameters()):
-            model.to_empty(device=self.device)
+            model.to_empty(device="cpu" if offload else self.device)
 
     def backward(self, model, loss, last=True):
         """Accumulate gradients of a sharded model; they are exchanged on the `last` micro-batch of a step.

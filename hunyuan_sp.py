@@ -26,6 +26,7 @@ import math
 import re
 import zipfile
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -500,7 +501,17 @@ class HunyuanVideo(nn.Module):
         self.final_layer = FinalLayer(config)
 
     def forward(
-        self, latents, timestep, text, text_mask, pooled, guidance=None, group=None, gather=True, checkpointing="none"
+        self,
+        latents,
+        timestep,
+        text,
+        text_mask,
+        pooled,
+        guidance=None,
+        group=None,
+        gather=True,
+        checkpointing="none",
+        offload=False,
     ):
         """The velocity [B, out_channels, T, h, w]; with gather=False this rank's patches of it [B, S/P, out*pt*ph*pw].
 
@@ -508,13 +519,13 @@ class HunyuanVideo(nn.Module):
         text_mask [B, L], 1 = real, right-padded, or a list of the B lengths (reading a mask makes the CPU wait for the GPU);
         pooled [B, pooled_dim]; guidance [B], scale * 1000 (the release computes 6.0 in bf16: 6016), for models that embed it.
         group: the sp process group. Its ranks must all pass equal inputs, none of them split, and hold equal weights.
-        checkpointing: none, full or attention. Padding influences nothing, and each sample is exactly as if alone.
+        checkpointing: none, full or attention. offload: what it keeps of a block's inputs lies in the host's memory. Padding influences nothing, and each sample is exactly as if alone.
         ValueError for inputs that do not fit, before anything is exchanged.
         """
         lengths = self._check(latents, timestep, text, text_mask, pooled, guidance, group)
         dtype = self.img_in.proj.weight.dtype
         grid = [n // p for n, p in zip(latents.shape[2:], self.config.patch_size)]
-        video, run_one = math.prod(grid), partial(run_block, checkpointing)
+        video, run_one = math.prod(grid), partial(run_block, checkpointing, offload)
         latents, text, pooled = latents.to(dtype), text[:, : max(lengths)].to(dtype), pooled.to(dtype)
         if min(lengths) < max(lengths):  # zero times what padding holds may be NaN, in backward
             real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -621,10 +632,12 @@ def text_lengths(mask):
 # what makes it practical: activation checkpointing, another kernel, a count of the work
 
 
-def run_block(checkpointing, name, block, *args):
+def run_block(checkpointing, offload, name, block, *args):
     """A block under its name in profiles, in backward's recomputation too."""
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"checkpointing {checkpointing!r} is none of {', '.join(CHECKPOINTING)}")
+    if offload and checkpointing == "none":
+        raise ValueError("offload moves what checkpointing keeps, and checkpointing is none: take attention or full")
 
     def named(*args):
         with record_function(name):
@@ -632,8 +645,32 @@ def run_block(checkpointing, name, block, *args):
 
     if checkpointing == "none" or not torch.is_grad_enabled():
         return named(*args)
-    context = CHECKPOINTING[checkpointing]
-    return checkpoint(named, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+    rules = dict(use_reentrant=False, preserve_rng_state=False, context_fn=CHECKPOINTING[checkpointing])
+    with torch.autograd.graph.saved_tensors_hooks(to_host, from_host) if offload else nullcontext():
+        return checkpoint(named, *args, **rules)  # of its own tensors it saves the inputs alone
+
+
+SIDE, LARGE = {}, 1 << 20  # of each GPU, a stream for copies beside the computation; values that are worth a copy
+
+
+def to_host(x):
+    """A block's input, copied to pinned memory while the GPU goes on; small ones stay."""
+    if x.device.type != "cuda" or x.numel() < LARGE:
+        return x
+    side = SIDE.setdefault(x.device, torch.cuda.Stream(x.device))
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(side):
+        kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        x.record_stream(side)
+    return kept, x.device
+
+
+def from_host(kept):
+    if isinstance(kept, torch.Tensor):
+        return kept
+    kept, device = kept
+    torch.cuda.current_stream(device).wait_stream(SIDE[device])
+    return kept.to(device, non_blocking=True)
 
 
 FA4_DTYPES = (torch.bfloat16, torch.float16)

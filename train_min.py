@@ -81,6 +81,12 @@ def parse(argv=None):
     )
     flag("--validate_every", type=int, default=0, help="steps between losses on samples held out (default 0: none)")
     flag("--validate", type=float, default=0.05, help="share of the samples that is held out then, at least one")
+    flag(
+        "--offload",
+        action="append",
+        choices=("weights", "activations"),
+        help="to the host's memory (may be given twice)",
+    )
     flag("--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)")
     flag("--seed", type=int, default=0, help="of weights, order, noise and caption drop")
     flag("--out", default="out", help="folder of checkpoints and log.jsonl")
@@ -98,6 +104,7 @@ def parse(argv=None):
     flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
     add_common_flags(p)
     args = p.parse_args(argv)
+    args.offload = args.offload or []
     args.config = args.config or (None if args.model else "tiny")
     big = args.config != "tiny"
     args.lr = (1e-4 if args.lora else 1e-5 if big else 2e-3) if args.lr is None else args.lr
@@ -195,7 +202,8 @@ def train(args):
         loss = torch.zeros((), device=pm.device)
         for n, batch in enumerate(micro_batches):
             batch = {k: v if k == "text_mask" else v.to(pm.device, non_blocking=True) for k, v in batch.items()}
-            local = flow_loss(model, batch, args.guidance, pm.sp_group, args.checkpointing) / count
+            rules = dict(checkpointing=args.checkpointing, offload="activations" in args.offload)
+            local = flow_loss(model, batch, args.guidance, pm.sp_group, **rules) / count
             # the gradient rule: the sum over ranks of these is the mean over all tokens of the step
             pm.backward(model, local, last=n == len(micro_batches) - 1)
             loss += local.detach()
@@ -295,7 +303,8 @@ def build_model(config, pm, args, checkpoints, path):
         dtype = compute_dtype(args, pm.device)
         if args.lora:  # beside frozen weights in the dtype that is computed in
             add_lora(model.to(dtype), args.lora, args.lora_alpha)
-    pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype, args.shard_size)
+    half = None if dtype == torch.float32 else dtype
+    pm.shard(model, model.blocks, half, args.shard_size, offload="weights" in args.offload)
     if args.weights and (args.lora or not path):
         load_weights(model, args.weights)
     if not path:
@@ -421,14 +430,15 @@ def name_odd_samples(pm, micro_batches, data):
 # rectified flow: x = (1 - sigma) clip + sigma noise, and the model learns the velocity noise - clip
 
 
-def flow_loss(model, batch, guidance, group, checkpointing="none"):
+def flow_loss(model, batch, guidance, group, checkpointing="none", offload=False):
     """The sum over this rank's tokens of their mean squared error, to be divided by the global token count."""
     config, kind = model.config, model.config.image_condition_type
     inputs = {name: batch[name] for name in ("latents", "timestep", "text", "pooled")}
     inputs["latents"] = with_image(batch["latents"], batch.get("image"), kind)
     inputs["text_mask"] = text_lengths(batch["text_mask"])  # FSDP2 would take the mask to the GPU, to be fetched back
     scale = guidance_input(guidance, len(batch["latents"]), batch["latents"].device) if config.guidance_embed else None
-    velocity = model(**inputs, guidance=scale, group=group, gather=False, checkpointing=checkpointing)
+    rules = dict(group=group, gather=False, checkpointing=checkpointing, offload=offload)
+    velocity = model(**inputs, guidance=scale, **rules)
     target = split_sequence(patchify(batch["target"], config.patch_size), group)
     error = (velocity.to(target.dtype) - target).square().mean(2) * batch["weight"][:, None]
     if kind == "token_replace":  # the image is given, not learned: its tokens are the first

@@ -1,0 +1,65 @@
+"""Time a training step of a LoRA of rank 32 on the full 13B (random weights, frozen in bf16), all GPUs in one sp group:
+
+    $ torchrun --nproc_per_node=1 .ci/lora.py 720x1280x49 attention
+    $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x129 attention offload
+    $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x129 full offload        # for GPUs of 48 GB
+
+It prints a JSON line: seconds of each step (the first two compile and allocate), peak memory. Without trained modulations a fresh
+model's gates would stay zero, and zeros run faster: so all weights are random.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from comm import ParallelManager  # noqa: E402
+from hunyuan_sp import HunyuanConfig, HunyuanVideo, add_lora, forward_flops, latent_shape  # noqa: E402
+
+
+def main(size, checkpointing, offload=False, steps=4):
+    manager, config = ParallelManager(1, None), HunyuanConfig.preset("13b")
+    shape = latent_shape(config, *map(int, size.split("x")))
+    with torch.device("meta"):
+        model = HunyuanVideo(config).to(torch.bfloat16)
+        add_lora(model, 32)
+    manager.shard(model, model.blocks, torch.bfloat16)
+    device, generator = manager.device, torch.Generator(manager.device).manual_seed(0)
+    for param in model.parameters():
+        param.to_local().data.normal_(0, 0.02, generator=generator)
+    model.compile_blocks()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+    given = dict(latents=torch.randn(1, *shape, device=device, generator=generator), text_mask=[60])
+    given |= dict(text=torch.randn(1, 60, 4096, device=device, generator=generator))
+    given |= dict(pooled=torch.randn(1, 768, device=device, generator=generator))
+    given |= dict(timestep=torch.full((1,), 500.0, device=device), guidance=torch.full((1,), 1000.0, device=device))
+    tokens, seconds = shape[1] * shape[2] * shape[3] // 4, []
+    rules = dict(group=manager.sp_group, gather=False, checkpointing=checkpointing, offload=offload)
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        velocity = model(**given, **rules)
+        manager.backward(model, velocity.float().square().sum() / (tokens * 64))
+        norm = manager.clip_grad_norm(model, 1.0)
+        assert 0 < norm < float("inf"), norm  # a step that is skipped is fast
+        manager.step(optimizer)
+        torch.cuda.synchronize()
+        seconds.append(round(time.perf_counter() - began, 3))
+        if manager.is_main:
+            print(seconds[-1], flush=True)
+    flops = 2 * forward_flops(config, tokens, 60)  # of what a frozen model needs: no gradients of weights
+    report = dict(size=size, tokens=tokens, checkpointing=checkpointing, offload=offload, gpus=manager.world_size)
+    report |= dict(gpu=torch.cuda.get_device_name(), seconds=seconds, gib=torch.cuda.max_memory_allocated() / 2**30)
+    report |= dict(weights_gib=sum(p.to_local().nbytes for p in model.parameters()) / 2**30)
+    report |= dict(tflops_needed=round(flops / min(seconds) / manager.world_size / 1e12, 1))
+    if manager.is_main:
+        print(json.dumps(report), flush=True)
+    manager.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], "offload" in sys.argv[3:])
