@@ -3008,6 +3008,17 @@ def test_two_nodes(tmp_path, kills=1, steps=12):
     assert kills == 0 or re.search("from step [1-9]", printed), "it started from scratch"
 
 
+def test_plan():
+    """What --plan says, against everything that was measured: to 10 %."""
+    text = (HERE / "assets" / "measured.md").read_text()
+    rows = re.findall(r"^\| `(--[^`]*)` \| ([\d.]+) \|$", text[text.index("what `--plan` says") :], re.M)
+    for flags, measured in rows:
+        args = train_min.parse(f"--config 13b --width 1280 --height 720 {flags}".split())
+        ours = train_min.plan(train_min.get_config(args), args)["all"]
+        assert abs(ours / float(measured) - 1) < 0.1, f"{flags}: {ours} GiB, measured {measured}"
+    assert len(rows) == 11
+
+
 def test_cost_model():
     """The lines in assets/measured.md against the table there: every time measured with this version to 3 %."""
     text, space, checked, work, blocks = (HERE / "assets" / "measured.md").read_text(), {}, 0, "", ""

@@ -4,6 +4,7 @@
     $ torchrun --nproc_per_node=6 train_min.py --sp 3           # 2 data-parallel groups of 3 sequence-parallel ranks
     $ torchrun --nproc_per_node=4 train_min.py --config 13b --sp 4 --height 720 --width 1280 --frames 49 --steps 5
     $ torchrun --nproc_per_node=8 train_min.py --config 13b --sp 4 --data latents/ --weights transformer/ --resume
+    $ torchrun --nproc_per_node=1 train_min.py --model SNAPSHOT --data latents/ --lora 32 --validate_every 100 --out cat
 
 Plain `python train_min.py` runs the same lines as a world of one. The loss curve is the same for every (dp, sp).
 In this order: flags, the loop, what it builds, the loss, data, the screen, signals.
@@ -11,6 +12,7 @@ In this order: flags, the loop, what it builds, the loss, data, the screen, sign
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -100,6 +102,12 @@ def parse(argv=None):
         help="go on from the newest checkpoint in --out, on any layout; auto: start anew where there is none",
     )
     flag("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
+    flag(
+        "--tensorboard",
+        action="store_true",
+        help="the figures of log.jsonl for TensorBoard too, which must be installed",
+    )
+    flag("--plan", action="store_true", help="print what --dp x --sp GPUs would need for these flags, and do nothing")
     flag("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
     flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
     add_common_flags(p)
@@ -160,6 +168,8 @@ def train(args):
     noise = isinstance(data, RandomLatents)
     if args.lora and not args.weights and not noise:
         raise ValueError("--lora changes weights that are there: give --model or --weights")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
     if args.lora_alpha and not args.lora:
         raise ValueError("--lora_alpha goes with --lora")
     weights = fingerprint(weight_files(args.weights)) if args.weights else ""
@@ -347,6 +357,39 @@ class Average:
             own = param.clone()
             param.copy_(self.values[name])
             self.values[name].copy_(own)
+
+
+def plan(config, args):
+    """{part: GiB} that a GPU needs for these flags, in bf16 with --compile: within 10 % of what was measured.
+
+    In multiples of one activation, 2 bytes x hidden size for each of a rank's tokens: what a block keeps until its backward,
+    and what the backward of one block works with. The keys of the first dict are --checkpointing's.
+    """
+    blocks, working = dict(none=(18, 24), attention=(2, 22), full=(1, 30))[args.checkpointing]
+    with torch.device("meta"):
+        model = HunyuanVideo(config)
+        if args.lora:
+            add_lora(model, args.lora, args.lora_alpha)
+    ranks, trained = (args.dp or 1) * args.sp, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen, shard = sum(p.numel() for p in model.parameters()) - trained, args.shard_size or ranks
+    samples = -(-(args.batch or 1) // ((args.dp or 1) * args.accumulation))
+    channels, *grid = latent_shape(config, args.height, args.width, args.frames)
+    tokens = samples * -(-(math.prod(grid) // math.prod(config.patch_size) + 60) // args.sp)
+    activation = 2 * config.hidden_size * tokens
+    kept = blocks - ("activations" in args.offload)
+    told = dict(weights=(4 * trained + 2 * frozen) / shard, optimizer=8 * trained / shard)
+    gradients = 4 * trained / (shard if args.accumulation == 1 else 1)
+    told |= dict(kept=len(model.blocks) * (kept * activation + 4 * config.num_heads * tokens), gradients=gradients)
+    largest = max(model.blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
+    gathered = [2 * 2 * p.numel() + 4 * p.numel() * p.requires_grad for p in largest.parameters()]  # the next one too
+    told |= dict(working=working * activation + sum(gathered))
+    if "weights" in args.offload:
+        told |= dict(weights=0, optimizer=0, gradients=0)
+    host = (16 * trained + 2 * frozen) / shard * ("weights" in args.offload)
+    told["host"] = host + len(model.blocks) * activation * ("activations" in args.offload)
+    # the kept activations go as the gradients come
+    told["all"] = told["weights"] + told["optimizer"] + max(told["kept"], told["gradients"]) + told["working"]
+    return {name: round(value / 2**30, 1) for name, value in told.items()}
 
 
 def learning_rate(step, args):
@@ -751,7 +794,7 @@ class Progress:
             lines = path.read_text(errors="replace").splitlines(True) if start and path.exists() else []
             # steps after the one resumed from are taken again; a line that is none is dropped
             replace_text(path, "".join(x for x in lines if x.endswith("\n") and 0 < step_of(x) <= start))
-            self.log = open(path, "a")
+            self.log, self.board = open(path, "a"), tensorboard(args.out) if args.tensorboard else None
 
     def step(self, step, loss, norm, lr, clock, skipped, more):
         """more: what else goes into the step's line of log.jsonl."""
@@ -766,6 +809,9 @@ class Progress:
         }  # NaN is no JSON
         self.log.write(json.dumps(entry) + "\n")
         self.log.flush()
+        for name, value in entry.items() if self.board else ():
+            if type(value) is float:
+                self.board.add_scalar(name, value, step)
         recent = [loss for loss in self.losses if math.isfinite(loss)][-20:] or [math.nan]
         left = (steps - step) * sum(clock.seconds) / len(self.losses)
         mfu = f" · MFU {100 * speed['mfu']:.1f} %" if "mfu" in speed else ""
@@ -804,6 +850,12 @@ class Progress:
             print(f"its LoRA: {self.args.out}/lora.safetensors")
         if saved and not self.args.data and self.args.config == "tiny":
             print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
+
+
+def tensorboard(folder):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder)
 
 
 def printed_time(seconds):
@@ -955,4 +1007,7 @@ def ignore_signals(_):
 
 if __name__ == "__main__":
     args = parse()
-    run(partial(train, args), args.out, args.debug)
+    if args.plan:
+        print(json.dumps(plan(get_config(args), args)))
+    else:
+        run(partial(train, args), args.out, args.debug)
