@@ -196,7 +196,7 @@ def infer(args):
             raise ValueError(f"{path} is a LoRA: give its base model, and --lora {args.checkpoint}/lora.safetensors")
         config = HunyuanConfig.from_dict(state["config"])
     if args.encode:
-        return encode(pm, snapshot, args, shared)
+        return encode(pm, snapshot, args)
     if args.export:
         return export(pm, build_model(config, pm, args, checkpoints, path, state), args)
     toy = config.out_channels == 3
@@ -873,7 +873,7 @@ class TextEncoders:
         return self.llama(input_ids=torch.tensor([ids], device=self.device), **more).last_hidden_state[0]
 
 
-def encode(pm, snapshot, args, shared):
+def encode(pm, snapshot, args):
     """Videos and images with captions -> one .safetensors each in --output, as train_min.py reads them; and the empty prompt.
 
     The ranks take turns at the files. A sample is written whole or not at all; one that is there, made by the same flags
@@ -882,19 +882,22 @@ def encode(pm, snapshot, args, shared):
     out, tools, began = Path(args.output), [], time.perf_counter()
     found = pm.on_main(lambda: videos_and_captions(Path(args.encode)))
     for rank in range(pm.world_size):  # one after another: a host never holds the encoders twice
-        load = lambda: tools.extend((TextEncoders(snapshot, pm.device), snapshot.vae(pm.device)))  # noqa: E731
-        pm.together(partial(_of_library, snapshot.folder, load) if pm.rank == rank else lambda: None)
+        parts = [partial(TextEncoders, snapshot), snapshot.vae] if pm.rank == rank else []
+        pm.together(
+            lambda parts=parts: tools.extend(_of_library(snapshot.folder, partial(p, pm.device)) for p in parts)
+        )
     encoders, vae = tools
     kind = snapshot.config.image_condition_type
-    made_by = dict(size=[args.height, args.width, args.frames, args.no_buckets], shared=shared)
+    made_by = dict(size=[args.height, args.width, args.frames, args.no_buckets])
+    made_by |= dict(encoders=[_fingerprint(file) for file in snapshot.files()])
     pm.on_main(lambda: out.mkdir(parents=True, exist_ok=True))
+    text = ("text", "pooled")
     if not kind:
-        pm.on_main(
-            lambda: write_whole(out / Folder.EMPTY, safetensors.torch.save(dict(zip(("text", "pooled"), encoders("")))))
-        )
+        empty = safetensors.torch.save(dict(zip(text, encoders("")))) if pm.is_main else b""
+        pm.on_main(lambda: write_whole(out / Folder.EMPTY, empty))
 
     def one(file, caption):
-        """None, or why it is skipped."""
+        """ "made", "there", or why it is skipped."""
         try:
             target = out / f"{file.name}.safetensors"
             told = json.dumps(made_by | dict(file=checksum(file), caption=caption), sort_keys=True)
@@ -903,13 +906,11 @@ def encode(pm, snapshot, args, shared):
             if caption is None:
                 raise ValueError(f"there is no {file.stem}.txt, and no line for it in captions.jsonl")
             frames = read_frames(file, args)
-            sample = dict(
-                latents=encode_frames(vae, frames)[0],
-                **dict(zip(("text", "pooled"), encoders(caption, kind and frames[0]))),
-            )
+            first = frames[0] if kind else None
+            sample = dict(latents=encode_frames(vae, frames)[0]) | dict(zip(text, encoders(caption, first)))
             if kind:
-                sample |= dict(image=encode_frames(vae, frames[:1])[0])
-                sample |= dict(zip(("empty_text", "empty_pooled"), encoders("", frames[0])))
+                sample |= dict(image=encode_frames(vae, [first])[0])
+                sample |= dict(zip(("empty_text", "empty_pooled"), encoders("", first)))
             if not all(x.isfinite().all() for x in sample.values()):
                 raise ValueError("its latents or text are not finite")
         except ValueError as error:

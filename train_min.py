@@ -649,6 +649,8 @@ class Folder:
                 )
             latents = shapes.get("latents", [])
             fits = len(latents) == 4 and latents[0] == config.out_channels and text_fits(shapes, config)
+            if config.image_condition_type == "token_replace" and latents[1:2] == [1]:
+                raise ValueError(f"{file} is one frame, which a token_replace model is given: it learns those after it")
             if not fits or any(n < 1 or n % p for n, p in zip(latents[1:], config.patch_size)):
                 raise ValueError(
                     f"{file} holds {shapes}, expected latents [{config.out_channels}, T, h, w] with h, w even, "
@@ -821,7 +823,7 @@ class Progress:
             f"{speed['peak_gib']:.1f} GiB · {printed_time(left)} left"
         )
         if "validation_loss" in more:
-            print(f"\nstep {step}: loss {more['validation_loss']:.5f} on the samples held out", flush=True)
+            print(f"step {step}: loss {more['validation_loss']:.5f} on the samples held out", flush=True)
         for name in more.get("not_finite", ()):
             print(f"step {step} is skipped: {name} has values that are not finite", flush=True)
         if seconds > 20 and len(self.losses) == 3:
