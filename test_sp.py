@@ -677,7 +677,7 @@ def check_loss_curve_and_resume(pm, folder, everyone=False):
             assert abs(a["loss"] - b["loss"]) <= tolerance * a["loss"], (name, a, b)
 
 
-LORA = "--blocks 1,1 --lora 2 --lora_alpha 4 --ema 0.5 --lr 1e-2 --warmup 1 --steps 4 --batch 5 --accumulation 2 --save_every 2".split()
+LORA = "--blocks 1,1 --lora 2 --lora_alpha 4 --ema 0.5 --lr 1e-2 --warmup 1 --steps 4 --batch 5 --accumulation 2 --save_every 1 --keep 0".split()
 LORA += "--validate_every 2 --validate 0.001".split()  # 4 samples of 4096
 
 
@@ -706,11 +706,14 @@ def check_lora_curve_and_resume(pm, folder):
     for name in theirs:
         close(file[name], theirs[name], 1e-2)  # Adam makes much of what float32 rounds; a wrong shard would be far off
     if pm.world_size == 1:
-        kept = load_checkpoint(own / "step-4")
+        before, kept = ({k.partition("/")[2]: x for k, x in load_checkpoint(own / f"step-{n}").items()} for n in (3, 4))
         for name, tensor in file.items():
-            module, part, _ = name.removeprefix("transformer.").rsplit(".", 2)
-            (average,) = (x for key, x in kept.items() if key.endswith(f"/more.{module}.{part}"))
+            name, part, _ = name.removeprefix("transformer.").rsplit(".", 2)
+            average = kept[f"more.{name}.{part}"]
             assert torch.equal(tensor, average * (2.0 if part == "lora_B" else 1.0)), name
+            close(average, (before[f"more.{name}.{part}"] + kept[f"model.{name}.{part}"]) / 2, 1e-6)
+        train(pm, *flags, "--ema", "0", "--out", str(own / "plain"))  # which changes nothing of the training
+        assert [e["loss"] for e in losses(own / "plain")] == [e["loss"] for e in losses(own)]
     with pytest.raises(ValueError, match=r"lora: \[2, 4.0, '\w+'\] there, \[3, 4.0, '\w+'\] here"):
         train(pm, *flags, "--out", str(own), "--resume", "--lora", "3")
     with pytest.raises(ValueError, match="is a LoRA: give its base model"):
@@ -2456,7 +2459,7 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     videos.mkdir()
     pixels = write_video(videos / "a.mp4", 11, 64, 96)
     write_video(videos / "fast.mkv", 30, 64, 96, rate=48, seed=1)
-    write_video(videos / "short.mp4", 3, 64, 96, seed=2)
+    short = write_video(videos / "short.mp4", 3, 64, 96, seed=2)
     write_video(videos / "portrait.mp4", 9, 128, 64, seed=3)
     write_video(videos / "untold.mp4", 9, 64, 96, seed=4)
     (videos / "broken.mp4").write_bytes((videos / "a.mp4").read_bytes()[:900])
@@ -2506,8 +2509,12 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     # equal to what the snapshot's own encoders say
     one = infer_min.Snapshot(infer_min.parse([*map(str, flags[:4]), "--output", f"{out}/"]))
     vae, encoders = one.vae(torch.device("cpu")), infer_min.TextEncoders(one, torch.device("cpu"))
-    sample, video = load_file(out / "a.mp4.safetensors"), (pixels[:9].permute(3, 0, 1, 2)[None].float() / 127.5 - 1)
-    close(sample["latents"], vae.encode(video).latent_dist.mean[0].detach() * 0.476986, 1e-5)
+
+    def encoded(frames):
+        return vae.encode(frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1).latent_dist.mean[0] * 0.476986
+
+    for file, frames in (("a.mp4", pixels[:9]), ("short.mp4", short[:1])):
+        close(load_file(out / f"{file}.safetensors")["latents"], encoded(frames), 1e-5)
     for file, caption in (("a.mp4", "a cat"), ("fast.mkv", ""), ("picture.png", "red")):
         sample, (text, pooled) = load_file(out / f"{file}.safetensors"), encoders(caption)
         close(sample["text"], text, 1e-5), close(sample["pooled"], pooled, 1e-5)
@@ -2525,9 +2532,7 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
         "short.mp4.safetensors",
         train_min.Folder.EMPTY,
     }
-    close(
-        load_file(out / "a.mp4.safetensors")["latents"], vae.encode(video).latent_dist.mean[0].detach() * 0.476986, 1e-5
-    )
+    close(load_file(out / "a.mp4.safetensors")["latents"], encoded(pixels[:9]), 1e-5)
 
     run = [
         "--model",
@@ -2692,6 +2697,23 @@ def test_without_the_extra(tmp_path):
         pytest.raises(ValueError, match="needs diffusers, transf"),
     ):
         infer_min.infer(infer_min.parse(["--model", str(tmp_path), "--prompt", "a cat"]))
+
+
+def test_hold_out(tmp_path):
+    """By name: disjoint, whole, the same whatever else is there; and never all of them."""
+    for n in range(20):
+        write_sample(tmp_path / f"data/{n}.safetensors", torch.zeros(3, 1, 4, 2 * (1 + n % 2)))
+    split = partial(train_min.parse, ["--data", str(tmp_path / "data"), "--validate_every", "5", "--validate", "0.2"])
+    data = train_min.build_data(HunyuanConfig.preset("tiny"), split())
+    trained, held = train_min.hold_out(data, split())
+    assert len(held) == 4 and sorted([*trained.names, *held.names]) == sorted(data.names)
+    assert [trained.shapes[i] for i in range(16)] == [tuple(trained[i][1].shape) for i in range(16)]
+    (tmp_path / "data/new.safetensors").write_bytes((tmp_path / "data/0.safetensors").read_bytes())
+    _, again = train_min.hold_out(train_min.build_data(HunyuanConfig.preset("tiny"), split()), split())
+    assert len({*again.names} & {*held.names}) >= 3
+    assert train_min.hold_out(data, train_min.parse([])) == (data, None)
+    with pytest.raises(ValueError, match="--validate 1.0 of 20 samples leaves none to train on"):
+        train_min.hold_out(data, train_min.parse(["--validate_every", "5", "--validate", "1"]))
 
 
 def write_sample(path, latents, words=2):
@@ -2868,6 +2890,7 @@ def test_no_screen_and_odd_side_files_end_nothing(tmp_path):
         "train_min.py", *flags.split(), "--steps", 5, "--resume", out=tmp_path, PYTHONIOENCODING="ascii"
     )
     assert code == 0 and [entry["step"] for entry in losses(tmp_path / "run")] == [1, 2, 3, 4, 5], printed
+    assert "step 5/5 ? loss" in printed, printed
 
 
 def test_a_process_that_loads_data_ends_in_one_sentence(tmp_path):
