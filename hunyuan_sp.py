@@ -736,11 +736,14 @@ CHECKPOINTING = {
 }
 
 
-def forward_flops(config, video, text):
-    """Of one sample's forward: linears and attention of the blocks, 2 a multiply-add. text is trimmed to its length."""
+def forward_flops(config, video, text, linears=1, attention=1):
+    """Of one sample's forward: linears and attention of the blocks, 2 a multiply-add. text is trimmed to its length.
+
+    Training takes three times as much; where weights are frozen, twice for the linears.
+    """
     dim, blocks, n = config.hidden_size, config.double_depth + config.single_depth, video + text
-    linears = (8 + 4 * config.mlp_ratio) * dim * dim * n * blocks
-    return linears + 4 * dim * n * n * blocks
+    of_linears = (8 + 4 * config.mlp_ratio) * dim * dim * n * blocks
+    return linears * of_linears + attention * 4 * dim * n * n * blocks
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@
     $ torchrun --nproc_per_node=2 infer_min.py --model SNAPSHOT --prompt "a cat walks on the grass"
     $ torchrun --nproc_per_node=8 infer_min.py --model SNAPSHOT --prompts prompts.txt --sp 2 --output clips/
     $ torchrun --nproc_per_node=2 infer_min.py --model I2V_SNAPSHOT --image first.png --prompt "the cat jumps"
+    $ torchrun --nproc_per_node=2 infer_min.py --model SNAPSHOT --lora cat/lora.safetensors:0.8 --prompt "a cat"
+    $ torchrun --nproc_per_node=2 infer_min.py --model SNAPSHOT --encode videos/ --output latents/    # for train_min.py
     $ torchrun --nproc_per_node=4 infer_min.py --config 13b --weights transformer/ --embeds prompt.safetensors \\
           --height 720 --width 1280 --frames 129
     $ python infer_min.py --export released/ --naming diffusers
@@ -12,7 +14,7 @@
 All ranks share each clip unless --sp says otherwise. The same seed gives the same clip on any number of ranks. A clip that is
 there already, made by the same flags, is not made again.
 In this order: flags, the Euler loop, the story, what it builds, looking at clips; last what needs diffusers, transformers
-and av, the extra [pipeline]: text encoders, VAE, .mp4.
+and av, the extra [pipeline]: text encoders, VAE, a folder of videos, .mp4.
 """
 
 import argparse
@@ -295,6 +297,65 @@ def build_model(config, pm, args, checkpoints, path, state):
     return model
 
 
+def export(pm, model, args):
+    pm.on_main(lambda: Path(args.export).mkdir(parents=True, exist_ok=True))
+    save_weights(model, args.export, args.naming)
+    if pm.is_main:
+        print(f"wrote {args.export} in {args.naming} naming")
+    return pm
+
+
+def read_prompts(args, config):
+    """The prompts, or the files of embeds in their place. ValueError where words alone will not do.
+
+    Only a snapshot's encoders understand words; the toy and random weights (a benchmark) take hashed ones.
+    """
+    toy, random = config.out_channels == 3, bool(args.config and not args.weights)
+    words = [*(args.prompt or ()), *_lines(args.prompts)]
+    if args.score and not toy:
+        raise ValueError(f"--score reads pixels, this model gives {config.out_channels} latent channels")
+    if args.embeds and (words or args.score):
+        raise ValueError("--embeds takes the place of --prompt, --prompts and --score: give one of them")
+    if not args.embeds and not toy and not random and not args.model:
+        raise ValueError(
+            "a --prompt is only hashed here, which these weights do not understand: give --embeds, or --model SNAPSHOT"
+        )
+    if args.embeds and args.cfg > 1 and not args.negative_embeds:
+        raise ValueError(f"--cfg {args.cfg} with --embeds needs --negative_embeds")
+    if args.model and not args.embeds and not words:
+        raise ValueError("--model needs a --prompt, --prompts or --embeds")
+    if args.score:
+        captions = Shapes.captions()
+        order = torch.randperm(len(captions), generator=seeded("score", args.seed)).tolist()
+        return [captions[order[n % len(order)]] for n in range(args.score)]
+    return args.embeds or words or ["a blue circle moves up"]
+
+
+def _lines(file):
+    """The lines of a text file that hold something."""
+    if not file:
+        return []
+    try:
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts {file} is not a text file: {error}") from None
+    if not any(lines):
+        raise ValueError(f"--prompts {file} is empty")
+    return [line for line in lines if line]
+
+
+def embed_prompts(pm, args, config, prompts):
+    """{prompt: (text, pooled)}, the negative (text, pooled), no image: without a snapshot's encoders."""
+    read, texts = partial(read_text if args.embeds else Shapes.embed, config=config), {}
+    pm.together(lambda: texts.update((prompt, read(prompt)) for prompt in prompts))  # each group reads its own
+    negative = read_text(args.negative_embeds, config) if args.negative_embeds else None
+    return texts, negative or Shapes.embed(args.negative_prompt, config), None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# LoRA files, ours and those of others
+
+
 def loras(args):
     """[(file, strength)] of --lora FILE[:STRENGTH]."""
     given = []
@@ -304,10 +365,10 @@ def loras(args):
             file, strength = (file, float(strength)) if colon else (told, 1.0)
         except ValueError:  # a colon of the name
             file, strength = told, 1.0
-        if not math.isfinite(strength) or not Path(file).is_file():
-            raise ValueError(
-                f"--lora {told} is not FILE or FILE:STRENGTH: there is no file {file}, or {strength} is none"
-            )
+        if not Path(file).is_file():
+            raise ValueError(f"--lora {told} is not FILE or FILE:STRENGTH: there is no file {file}")
+        if not math.isfinite(strength):
+            raise ValueError(f"--lora {told} is not FILE or FILE:STRENGTH: {strength} is no strength")
         given.append((file, strength))
     return given
 
@@ -371,61 +432,6 @@ def header_alpha(header, file):
         return config and float(config["lora_alpha"]) or None, bool(config.get("use_rslora"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: its header's lora_adapter_metadata is not understood ({error!r})") from None
-
-
-def export(pm, model, args):
-    pm.on_main(lambda: Path(args.export).mkdir(parents=True, exist_ok=True))
-    save_weights(model, args.export, args.naming)
-    if pm.is_main:
-        print(f"wrote {args.export} in {args.naming} naming")
-    return pm
-
-
-def read_prompts(args, config):
-    """The prompts, or the files of embeds in their place. ValueError where words alone will not do.
-
-    Only a snapshot's encoders understand words; the toy and random weights (a benchmark) take hashed ones.
-    """
-    toy, random = config.out_channels == 3, bool(args.config and not args.weights)
-    words = [*(args.prompt or ()), *_lines(args.prompts)]
-    if args.score and not toy:
-        raise ValueError(f"--score reads pixels, this model gives {config.out_channels} latent channels")
-    if args.embeds and (words or args.score):
-        raise ValueError("--embeds takes the place of --prompt, --prompts and --score: give one of them")
-    if not args.embeds and not toy and not random and not args.model:
-        raise ValueError(
-            "a --prompt is only hashed here, which these weights do not understand: give --embeds, or --model SNAPSHOT"
-        )
-    if args.embeds and args.cfg > 1 and not args.negative_embeds:
-        raise ValueError(f"--cfg {args.cfg} with --embeds needs --negative_embeds")
-    if args.model and not args.embeds and not words:
-        raise ValueError("--model needs a --prompt, --prompts or --embeds")
-    if args.score:
-        captions = Shapes.captions()
-        order = torch.randperm(len(captions), generator=seeded("score", args.seed)).tolist()
-        return [captions[order[n % len(order)]] for n in range(args.score)]
-    return args.embeds or words or ["a blue circle moves up"]
-
-
-def _lines(file):
-    """The lines of a text file that hold something."""
-    if not file:
-        return []
-    try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {file} is not a text file: {error}") from None
-    if not any(lines):
-        raise ValueError(f"--prompts {file} is empty")
-    return [line for line in lines if line]
-
-
-def embed_prompts(pm, args, config, prompts):
-    """{prompt: (text, pooled)}, the negative (text, pooled), no image: without a snapshot's encoders."""
-    read, texts = partial(read_text if args.embeds else Shapes.embed, config=config), {}
-    pm.together(lambda: texts.update((prompt, read(prompt)) for prompt in prompts))  # each group reads its own
-    negative = read_text(args.negative_embeds, config) if args.negative_embeds else None
-    return texts, negative or Shapes.embed(args.negative_prompt, config), None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -673,7 +679,7 @@ def blend(before, tile, dim, length):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what needs the extra [pipeline]: a snapshot's text encoders, its VAE, and the files that one can watch
+# from here on what needs the extra [pipeline]: a snapshot's text encoders and its VAE
 
 
 class Snapshot:
@@ -873,6 +879,10 @@ class TextEncoders:
         return self.llama(input_ids=torch.tensor([ids], device=self.device), **more).last_hidden_state[0]
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# a folder of videos with captions -> samples to train on
+
+
 def encode(pm, snapshot, args):
     """Videos and images with captions -> one .safetensors each in --output, as train_min.py reads them; and the empty prompt.
 
@@ -1005,6 +1015,10 @@ def bucket(width, height, area):
     return min(
         sizes, key=lambda size: (round(abs(math.log(size[0] / size[1] * height / width)), 6), -size[0] * size[1])
     )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# files that one can watch
 
 
 def strip(frames, count=6, height=240):

@@ -79,16 +79,11 @@ def parse(argv=None):
         "--ema",
         type=float,
         default=0.0,
-        help="decay of an average of what is trained, for validation and sampling (0: none)",
+        help="decay of an average of what is trained, validated and given away (0: none)",
     )
     flag("--validate_every", type=int, default=0, help="steps between losses on samples held out (default 0: none)")
     flag("--validate", type=float, default=0.05, help="share of the samples that is held out then, at least one")
-    flag(
-        "--offload",
-        action="append",
-        choices=("weights", "activations"),
-        help="to the host's memory (may be given twice)",
-    )
+    flag("--offload", action="append", choices=("weights", "activations"), help="to the host's memory; or twice, both")
     flag("--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)")
     flag("--seed", type=int, default=0, help="of weights, order, noise and caption drop")
     flag("--out", default="out", help="folder of checkpoints and log.jsonl")
@@ -102,11 +97,7 @@ def parse(argv=None):
         help="go on from the newest checkpoint in --out, on any layout; auto: start anew where there is none",
     )
     flag("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
-    flag(
-        "--tensorboard",
-        action="store_true",
-        help="the figures of log.jsonl for TensorBoard too, which must be installed",
-    )
+    flag("--tensorboard", action="store_true", help="the figures of log.jsonl for TensorBoard too, if it is installed")
     flag("--plan", action="store_true", help="print what --dp x --sp GPUs would need for these flags, and do nothing")
     flag("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
     flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
@@ -126,9 +117,7 @@ def add_common_flags(p):
     """What training and sampling have in common."""
     flag = p.add_argument
     flag("--blocks", help="cut the depth of --config to D,S double and single blocks, e.g. 4,8")
-    flag(
-        "--model", help="folder of a released snapshot, diffusers layout: its config and weights (sampling: all of it)"
-    )
+    flag("--model", help="folder of a released snapshot, diffusers layout: its config and weights; sampling: all of it")
     flag("--weights", help="file or folder of released weights (original, diffusers or ComfyUI naming)")
     flag("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     flag("--dtype", choices=("float32", "bfloat16"), help="compute (default: bfloat16 on GPUs, float32 on CPUs)")
@@ -164,10 +153,14 @@ def train(args):
         torch.use_deterministic_algorithms(True)
     config = get_config(args)
     args.weights = args.weights or (f"{args.model}/transformer" if args.model else None)
-    data, held = hold_out(build_data(config, args), args)
-    noise = isinstance(data, RandomLatents)
+    data = build_data(config, args)
+    noise, (data, held) = isinstance(data, RandomLatents), hold_out(data, args)
+    if args.model and noise:
+        raise ValueError("--model needs --data, a folder that infer_min.py --encode has written")
     if args.lora and not args.weights and not noise:
         raise ValueError("--lora changes weights that are there: give --model or --weights")
+    if "activations" in args.offload and args.checkpointing == "none":
+        raise ValueError("--offload activations moves what --checkpointing attention or full keeps, and it is none")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
     if args.lora_alpha and not args.lora:
@@ -229,7 +222,7 @@ def train(args):
         average.update(skip=not finite)
         sampler.advance()
         step += 1
-        flops = 3 * pm.sum(sum(batch_flops(config, b) for b in micro_batches), pm.dp_group).item()
+        flops = pm.sum(sum(batch_flops(config, b, frozen=args.lora) for b in micro_batches), pm.dp_group).item()
         clock.stop(count, flops)
         more = {} if finite else dict(not_finite=name_odd_samples(pm, micro_batches, data))
         if held and (step % args.validate_every == 0 or step == args.steps):
@@ -252,8 +245,7 @@ def train(args):
         signals["save"] &= not save
         if due or save or stop:
             extra = dict(config=asdict(config), args=vars(args), layout=[pm.dp_size, pm.sp_size])
-            extra |= what_is_trained(args, weights)
-            extra |= dict(sampler=sampler.state_dict())
+            extra |= what_is_trained(args, weights) | dict(sampler=sampler.state_dict())
             checkpoints.save(step, model, optimizer, extra, state["tag"], args.keep, average.values)
             if args.lora:
                 with average.used():
@@ -497,11 +489,11 @@ def count_tokens(batch, config):
     return batch["weight"].sum().item() * frames * height * width / math.prod(config.patch_size)
 
 
-def batch_flops(config, batch):
-    """Of the samples that carry weight, forward alone."""
+def batch_flops(config, batch, frozen):
+    """Of the samples that carry weight, forward and backward; frozen weights have no gradients of their own."""
     video = math.prod(batch["target"].shape[2:]) // math.prod(config.patch_size)
     text = batch["text_mask"].sum(1).float().mean().item()
-    return batch["weight"].sum().item() * forward_flops(config, video, text)
+    return batch["weight"].sum().item() * forward_flops(config, video, text, 2 if frozen else 3, 3)
 
 
 def collate(items, seed, shift, caption_drop, sigma=None):
@@ -850,7 +842,7 @@ class Progress:
         print(f"saved {self.args.out}/step-{saved}{why}" if saved else f"nothing saved{why}", flush=True)
         if self.args.lora and saved:
             print(f"its LoRA: {self.args.out}/lora.safetensors")
-        if saved and not self.args.data and self.args.config == "tiny":
+        elif saved and not self.args.data and self.args.config == "tiny":
             print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
 
 
