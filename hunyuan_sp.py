@@ -1201,7 +1201,7 @@ def config_from_diffusers(file):
         ours = {name: theirs[key] for name, key in DIFFUSERS_FIELDS.items()}
         config = HunyuanConfig.from_dict(ours | dict(patch_size=[theirs["patch_size_t"], *[theirs["patch_size"]] * 2]))
         wrong = {key: value for key, value in diffusers_config(config).items() if theirs.get(key) != value}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not the config of a HunyuanVideoTransformer3DModel ({error!r})") from None
     kind = config.image_condition_type
     channels = {
