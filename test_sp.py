@@ -1093,11 +1093,11 @@ ONLY = dict(  # where another layout would show nothing new
     wrong_gradients="1x3",
     noise_is_for_benchmarks="1x2",
     three_steps="1x1 1x2 2x1 1x3 2x2 1x5",
-    loss_curve_and_resume="1x1 1x2 2x1 1x3 2x2",
+    loss_curve_and_resume="1x1 1x2 2x1 2x2",
     lora_curve_and_resume="1x1 1x2 2x2",
     a_damaged_checkpoint_is_never_loaded="1x2",
     what_a_checkpoint_can_hold="1x2",
-    blocks_are_compiled_once="1x1 1x2 1x3",
+    blocks_are_compiled_once="1x1 1x2",
     pipelines="1x1 1x2 1x3",
     decoding="1x1 1x2 1x3",
 )
