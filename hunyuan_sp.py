@@ -519,7 +519,8 @@ class HunyuanVideo(nn.Module):
         text_mask [B, L], 1 = real, right-padded, or a list of the B lengths (reading a mask makes the CPU wait for the GPU);
         pooled [B, pooled_dim]; guidance [B], scale * 1000 (the release computes 6.0 in bf16: 6016), for models that embed it.
         group: the sp process group. Its ranks must all pass equal inputs, none of them split, and hold equal weights.
-        checkpointing: none, full or attention. offload: what it keeps of a block's inputs lies in the host's memory. Padding influences nothing, and each sample is exactly as if alone.
+        checkpointing: none, full or attention. offload: what it keeps of a block's inputs lies in the host's memory.
+        Padding influences nothing, and each sample is exactly as if alone.
         ValueError for inputs that do not fit, before anything is exchanged.
         """
         lengths = self._check(latents, timestep, text, text_mask, pooled, guidance, group)
@@ -657,7 +658,9 @@ def to_host(x):
     """A block's input, copied to pinned memory while the GPU goes on; small ones stay."""
     if x.device.type != "cuda" or x.numel() < LARGE:
         return x
-    side = SIDE.setdefault(x.device, torch.cuda.Stream(x.device))
+    if x.device not in SIDE:
+        SIDE[x.device] = torch.cuda.Stream(x.device)
+    side = SIDE[x.device]
     side.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(side):
         kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
@@ -891,9 +894,13 @@ def swap_halves(naming, name, tensor):
 
 def export_weight(config, name, tensor, naming):
     """One parameter of ours as {name: tensor} of another naming; ("original" gives it back)."""
-    names, rows = names_in(naming, name), config.hidden_size
-    sizes = [rows] * (len(names) - 1) + [len(tensor) - rows * (len(names) - 1)]
-    return dict(zip(names, swap_halves(naming, name, tensor).split(sizes)))
+    names = names_in(naming, name)
+    return dict(zip(names, swap_halves(naming, name, tensor).split(row_sizes(config, names, len(tensor)))))
+
+
+def row_sizes(config, names, rows):
+    """How a parameter's rows are shared out over its names in another release: as many as the hidden size, the rest to the last."""
+    return [config.hidden_size] * (len(names) - 1) + [rows - config.hidden_size * (len(names) - 1)]
 
 
 def load_weights(model, source):

@@ -37,7 +37,6 @@ from hunyuan_sp import (
     NAMINGS,
     HunyuanConfig,
     HunyuanVideo,
-    config_from_diffusers,
     forward_flops,
     guidance_input,
     init_weights,
@@ -47,6 +46,7 @@ from hunyuan_sp import (
     open_safetensors,
     part_of,
     read_text,
+    row_sizes,
     save_weights,
     shift_sigma,
     swap_halves,
@@ -54,7 +54,17 @@ from hunyuan_sp import (
     with_image,
 )
 from sampler import seeded
-from train_min import Clock, Folder, Shapes, add_common_flags, check_flags, compute_dtype, get_config, printed_time
+from train_min import (
+    Clock,
+    Folder,
+    Shapes,
+    add_common_flags,
+    check_flags,
+    compute_dtype,
+    get_config,
+    printed_time,
+    replace_file,
+)
 
 
 def parse(argv=None):
@@ -385,18 +395,19 @@ def merge_lora(model, file, strength=1.0):
     params, places, layers = dict(model.named_parameters()), {}, {}
     for name in (name for name, param in params.items() if name.endswith(".weight") and param.dim() == 2):
         for naming in NAMINGS:
-            for n, theirs in enumerate(names_in(naming, name)):
-                places[theirs.removesuffix(".weight").replace(".", "_")] = name, naming, n
+            names = names_in(naming, name)
+            heights = row_sizes(model.config, names, len(params[name]))
+            for n, theirs in enumerate(names):
+                places[theirs.removesuffix(".weight").replace(".", "_")] = name, naming, sum(heights[:n]), heights[n]
     for name, tensor in tensors.items():
         found = LORA_NAME.fullmatch(name)
         if not found or found[1].replace(".", "_") not in places:
             raise ValueError(f"{file} is not a LoRA of this model: {name} belongs to none of its layers")
         layers.setdefault(found[1].replace(".", "_"), {})[LORA_PARTS[found[2]]] = tensor
     alpha, root = header_alpha(header, file)
-    updates, rows = [], model.config.hidden_size
+    updates = []
     for layer, parts in layers.items():
-        name, naming, n = places[layer]
-        height = rows if n + 1 < len(names_in(naming, name)) else len(params[name]) - n * rows
+        name, naming, start, height = places[layer]
         shapes = {part: list(tensor.shape) for part, tensor in parts.items()}
         rank = shapes.get("A", [0])[0]
         if dict(alpha=[]) | shapes != dict(alpha=[], A=[rank, params[name].shape[1]], B=[height, rank]):
@@ -407,7 +418,7 @@ def merge_lora(model, file, strength=1.0):
             raise ValueError(f"{file} has values for {layer} that are not finite")
         own = parts["alpha"].item() if "alpha" in parts else alpha
         scale = strength if own is None else strength * own / (rank**0.5 if root else rank)
-        updates.append((name, naming, n * rows, scale, parts["A"], parts["B"]))
+        updates.append((name, naming, start, scale, parts["A"], parts["B"]))
     for name, naming, start, scale, a, b in updates:
         param = params[name]
         full = torch.zeros(param.shape, device=param.device)
@@ -476,7 +487,7 @@ class Clip:
             self.file(ending).unlink(missing_ok=True)
         for ending, data in files.items():
             if data:
-                write_whole(self.file(ending), data)
+                replace_file(self.file(ending), data)
         if draw:
             print(f"{self.prompt}\n{colour_blocks(latents)}")
         told = "" if files.get(".gif", True) else " (a GIF too with Pillow: the extra [video])"
@@ -490,13 +501,6 @@ def was_made_by(file, told):
             return (handle.metadata() or {}).get("made_by") == told
     except ValueError:
         return False
-
-
-def write_whole(file, data):
-    """Or not at all."""
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_bytes(data)
-    temporary.replace(file)
 
 
 class Stages:
@@ -698,12 +702,10 @@ class Snapshot:
         if missing:
             raise ValueError(f"--model needs {', '.join(missing)}: pip install -e '.[pipeline]'")
         check_encoder()
-        if args.config or args.blocks:
-            raise ValueError("--model brings its own config: leave out --config and --blocks")
         parts = self.PARTS + self.ENCODERS * (not args.embeds)
         if lost := [part for part in parts if not (self.folder / part).is_dir()]:
             raise ValueError(f"{self.folder} is not a snapshot in the diffusers layout: it has no {lost[0]}/")
-        self.config = config_from_diffusers(self.folder / "transformer" / "config.json")
+        self.config = get_config(args)
         self.shift = self._shift()
         kind = self.config.image_condition_type
         if bool(args.image) != bool(kind) and not (args.export or args.encode):
@@ -829,9 +831,9 @@ class TextEncoders:
         transformers.logging.disable_progress_bar()
         from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
 
-        folder, with_image = snapshot.folder, snapshot.config.image_condition_type is not None
-        module = pipeline_hunyuan_video_image2video if with_image else pipeline_hunyuan_video
-        self.template, self.head = module.DEFAULT_PROMPT_TEMPLATE["template"], 103 if with_image else 95
+        folder, for_image = snapshot.folder, snapshot.config.image_condition_type is not None
+        module = pipeline_hunyuan_video_image2video if for_image else pipeline_hunyuan_video
+        self.template, self.head = module.DEFAULT_PROMPT_TEMPLATE["template"], 103 if for_image else 95
         # AutoTokenizer, or the class that the release names, may split by other rules: what counts is checked
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
         head = len(self.tokenizer(self.template.partition("{}")[0]).input_ids)
@@ -841,15 +843,15 @@ class TextEncoders:
             )
 
         config = transformers.AutoConfig.from_pretrained(folder / "text_encoder")
-        text_config = config.text_config if with_image else config
+        text_config = config.text_config if for_image else config
         text_config.num_hidden_layers -= 2
-        kind = transformers.LlavaForConditionalGeneration if with_image else transformers.LlamaModel
+        kind = transformers.LlavaForConditionalGeneration if for_image else transformers.LlamaModel
         llama = _whole(kind, folder / "text_encoder", config=config, dtype="auto").to(device).eval()
-        self.llama, self.device = llama.model if with_image else llama, device
-        (self.llama.language_model if with_image else self.llama).norm = torch.nn.Identity()
+        self.llama, self.device = llama.model if for_image else llama, device
+        (self.llama.language_model if for_image else self.llama).norm = torch.nn.Identity()
         self.clip_tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
         self.clip = _whole(transformers.CLIPTextModel, folder / "text_encoder_2", dtype="auto").to(device).eval()
-        if with_image:
+        if for_image:
             self.image_token = config.image_token_index
             self.processor = transformers.CLIPImageProcessor.from_pretrained(folder / "image_processor")
             self.every = 4 if snapshot.config.image_condition_type == "token_replace" else 2
@@ -904,7 +906,7 @@ def encode(pm, snapshot, args):
     text = ("text", "pooled")
     if not kind:
         empty = safetensors.torch.save(dict(zip(text, encoders("")))) if pm.is_main else b""
-        pm.on_main(lambda: write_whole(out / Folder.EMPTY, empty))
+        pm.on_main(lambda: replace_file(out / Folder.EMPTY, empty))
 
     def one(file, caption):
         """ "made", "there", or why it is skipped."""
@@ -926,7 +928,7 @@ def encode(pm, snapshot, args):
         except ValueError as error:
             return f"skipping {file}: {error}"
         sample = {name: x.cpu().contiguous() for name, x in sample.items()}
-        write_whole(target, safetensors.torch.save(sample, dict(format="pt", made_by=told)))
+        replace_file(target, safetensors.torch.save(sample, dict(format="pt", made_by=told)))
         return "made"
 
     results = []

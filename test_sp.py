@@ -2608,22 +2608,27 @@ PEFT = pytest.mark.skipif(
 )
 
 
-def loras_latents(pipe, noise, folder, *files):
-    """What our sampling makes of make_lora.py's call with LoRA files added, [(file, strength)]."""
+def sample_as_the_pipeline(model, pipe, noise):
+    """make_lora.py's call, by our sampler and with the pipeline's text."""
     from make_lora import CALL
 
+    text, pooled, mask = pipe.encode_prompt(prompt=CALL["prompt"])
+    text = [row[: m.sum()].float() for row, m in zip(text, mask)]
+    exact = mock.patch.object(
+        infer_min, "guidance_input", lambda s, b, d: torch.full((b,), 1000.0 * s)
+    )  # as in float32
+    with exact:
+        rules = CALL["num_inference_steps"], 7.0, CALL["guidance_scale"]
+        return infer_min.sample(model, noise, text, pooled.float(), *rules)
+
+
+def loras_latents(pipe, noise, folder, *files):
+    """The same with LoRA files added to the weights, [(file, strength)]."""
     model = HunyuanVideo(hunyuan_sp.config_from_diffusers(folder / "transformer" / "config.json"))
     load_weights(model, folder / "transformer")
     for file, strength in files:
         infer_min.merge_lora(model, file, strength)
-    text, pooled, mask = pipe.encode_prompt(prompt=CALL["prompt"])
-    text = [row[: m.sum()].float() for row, m in zip(text, mask)]
-    with mock.patch.object(
-        infer_min, "guidance_input", lambda s, b, d: torch.full((b,), 1000.0 * s)
-    ):  # pipelines' in fp32
-        return infer_min.sample(
-            model, noise, text, pooled.float(), CALL["num_inference_steps"], 7.0, CALL["guidance_scale"]
-        )
+    return sample_as_the_pipeline(model, pipe, noise)
 
 
 @PEFT
@@ -2666,7 +2671,7 @@ def test_our_lora_in_diffusers(snapshot, tmp_path):
     """The pipeline with our file gives what our own layers give, at strength 1 and 0.5; and at the release's width, where
     diffusers reads the original names, both namings are the same LoRA."""
     from diffusers import HunyuanVideoPipeline
-    from make_lora import CALL, SHAPE, latents, load
+    from make_lora import SHAPE, latents, load
 
     pipe, noise = load(snapshot), torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     model, draw = (
@@ -2681,12 +2686,7 @@ def test_our_lora_in_diffusers(snapshot, tmp_path):
     hunyuan_sp.save_lora(model, tmp_path / "ours.safetensors", "diffusers")
     hunyuan_sp.save_lora(model, tmp_path / "original.safetensors")
     pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", adapter_name="a")
-    text, pooled, mask = pipe.encode_prompt(prompt=CALL["prompt"])
-    text = [row[: m.sum()].float() for row, m in zip(text, mask)]
-    with mock.patch.object(infer_min, "guidance_input", lambda s, b, d: torch.full((b,), 1000.0 * s)):
-        own = infer_min.sample(
-            model, noise, text, pooled.float(), CALL["num_inference_steps"], 7.0, CALL["guidance_scale"]
-        )
+    own = sample_as_the_pipeline(model, pipe, noise)
     for strength in (1.0, 0.5):
         pipe.set_adapters(["a"], [strength])
         truth = latents(pipe)

@@ -194,6 +194,7 @@ def train(args):
     clock = Clock(pm, args.steps - start, f"{args.out}/trace" if args.profile else None, profiled=args.profile or noise)
     progress = Progress(pm, model, data, batch_size, args, start)
     saved, skipped = start, 0
+    rules = dict(checkpointing=args.checkpointing, offload="activations" in args.offload)
 
     while step < args.steps:
         clock.start()
@@ -204,8 +205,7 @@ def train(args):
         count = pm.sum(sum(count_tokens(b, config) for b in micro_batches), pm.dp_group).item()
         loss = torch.zeros((), device=pm.device)
         for n, batch in enumerate(micro_batches):
-            batch = {k: v if k == "text_mask" else v.to(pm.device, non_blocking=True) for k, v in batch.items()}
-            rules = dict(checkpointing=args.checkpointing, offload="activations" in args.offload)
+            batch = to_device(batch, pm.device)
             local = flow_loss(model, batch, args.guidance, pm.sp_group, **rules) / count
             # the gradient rule: the sum over ranks of these is the mean over all tokens of the step
             pm.backward(model, local, last=n == len(micro_batches) - 1)
@@ -255,7 +255,7 @@ def train(args):
             break
     checkpoints.finish()
     if step >= args.steps:  # the next run under the same rendezvous id is another one
-        pm.on_main(lambda: replace_text(Path(args.out) / "run.json", json.dumps(dict(run=state["tag"], done=True))))
+        pm.on_main(lambda: replace_file(Path(args.out) / "run.json", json.dumps(dict(run=state["tag"], done=True))))
     progress.end(clock, step, saved)
     return pm
 
@@ -287,8 +287,10 @@ def get_config(args):
                 raise ValueError
         except ValueError:
             raise ValueError(f"--blocks {args.blocks} is not two numbers D,S, e.g. 4,8") from None
-    file = Path(args.model or ".") / "transformer" / "config.json"
-    config = config_from_diffusers(file) if args.model else HunyuanConfig.preset(args.config, **changes)
+    if args.model:
+        config = config_from_diffusers(Path(args.model) / "transformer" / "config.json")
+    else:
+        config = HunyuanConfig.preset(args.config, **changes)
     if (args.sp or 1) > config.num_heads:
         raise ValueError(f"sequence_parallel_size {args.sp} is more than the {config.num_heads} heads")
     return config
@@ -365,7 +367,7 @@ def plan(config, args):
     ranks, trained = (args.dp or 1) * args.sp, sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen, shard = sum(p.numel() for p in model.parameters()) - trained, args.shard_size or ranks
     samples = -(-(args.batch or 1) // ((args.dp or 1) * args.accumulation))
-    channels, *grid = latent_shape(config, args.height, args.width, args.frames)
+    _, *grid = latent_shape(config, args.height, args.width, args.frames)
     tokens = samples * -(-(math.prod(grid) // math.prod(config.patch_size) + 60) // args.sp)
     activation = 2 * config.hidden_size * tokens
     kept = blocks - ("activations" in args.offload)
@@ -417,7 +419,7 @@ def find_start(checkpoints, args):
     except FileNotFoundError as error:
         if not name and (args.resume != "auto" or "no whole checkpoint" in str(error)):
             raise
-    pm.on_main(lambda: replace_text(file, json.dumps(dict(run=state["tag"], launch=launch))))
+    pm.on_main(lambda: replace_file(file, json.dumps(dict(run=state["tag"], launch=launch))))
     return path, state
 
 
@@ -429,11 +431,11 @@ def what_is_trained(args, weights):
 
 def check_same(config, trained, state, path):
     """ValueError with what differs from what a checkpoint was trained with."""
-    was, now = (
-        state["config"] | dict(lora=state.get("lora"), ema=state.get("ema", False)),
-        json.loads(json.dumps(asdict(config) | trained)),
-    )
-    was = dict(image_condition_type=None) | was  # checkpoints from before there was one
+    was = (
+        dict(image_condition_type=None, lora=None, ema=False) | state["config"]
+    )  # checkpoints from before there were these
+    was |= {name: state[name] for name in trained if name in state}
+    now = json.loads(json.dumps(asdict(config) | trained))
     if wrong := [
         f"{k}: {was.get(k)} there, {now.get(k)} here" for k in sorted({*was, *now}) if was.get(k) != now.get(k)
     ]:
@@ -474,11 +476,12 @@ def flow_loss(model, batch, guidance, group, checkpointing="none", offload=False
     scale = guidance_input(guidance, len(batch["latents"]), batch["latents"].device) if config.guidance_embed else None
     rules = dict(group=group, gather=False, checkpointing=checkpointing, offload=offload)
     velocity = model(**inputs, guidance=scale, **rules)
-    target = split_sequence(patchify(batch["target"], config.patch_size), group)
-    error = (velocity.to(target.dtype) - target).square().mean(2) * batch["weight"][:, None]
+    target = patchify(batch["target"], config.patch_size)
+    mine = split_sequence(target, group)
+    error = (velocity.to(mine.dtype) - mine).square().mean(2) * batch["weight"][:, None]
     if kind == "token_replace":  # the image is given, not learned: its tokens are the first
-        tokens = torch.arange(patchify(batch["target"], config.patch_size).shape[1], device=error.device)
-        error = error * (split_sequence(tokens, group, 0) >= len(tokens) // batch["target"].shape[2])
+        place = split_sequence(torch.arange(target.shape[1], device=error.device), group, 0)
+        error = error * (place >= target.shape[1] // batch["target"].shape[2])
     return error.sum()
 
 
@@ -527,6 +530,11 @@ def collate(items, seed, shift, caption_drop, sigma=None):
     )
 
 
+def to_device(batch, device):
+    """All but the text mask, which is read on the CPU."""
+    return {k: v if k == "text_mask" else v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
 @torch.no_grad()
 def validate(model, held, pm, args):
     """The mean flow loss over the samples held out, each at four noise levels with the same noise every time: far quieter
@@ -536,7 +544,7 @@ def validate(model, held, pm, args):
         sampler = DPSPBatchSampler(len(held), pm.dp_size, pm.dp_rank, pm.dp_size, shapes=held.shapes, names=held.names)
         rules = partial(collate, seed=0, shift=1.0, caption_drop=0.0, sigma=sigma)
         for batch in DataLoader(held, batch_sampler=sampler, collate_fn=rules):
-            batch = {k: v if k == "text_mask" else v.to(pm.device) for k, v in batch.items()}
+            batch = to_device(batch, pm.device)
             total += flow_loss(model, batch, args.guidance, pm.sp_group)
             count += count_tokens(batch, model.config)
     return (pm.sum(total.double()) / pm.sum(count, pm.dp_group)).item()
@@ -787,7 +795,7 @@ class Progress:
             path = Path(args.out) / "log.jsonl"
             lines = path.read_text(errors="replace").splitlines(True) if start and path.exists() else []
             # steps after the one resumed from are taken again; a line that is none is dropped
-            replace_text(path, "".join(x for x in lines if x.endswith("\n") and 0 < step_of(x) <= start))
+            replace_file(path, "".join(x for x in lines if x.endswith("\n") and 0 < step_of(x) <= start))
             self.log, self.board = open(path, "a"), tensorboard(args.out) if args.tensorboard else None
 
     def step(self, step, loss, norm, lr, clock, skipped, more):
@@ -877,11 +885,11 @@ def curve(values, columns=64, rows=8):
     return "\n".join(f"{label:>10} │{line}" for label, line in zip(labels, lines)) + f"\n{'loss':>10} └{'─' * columns}"
 
 
-def replace_text(path, text):
-    """All or nothing, whenever the process is killed."""
-    temporary = path.with_suffix(".tmp")
+def replace_file(path, data):
+    """Bytes, or text: all or nothing, whenever the process is killed."""
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
     except OSError as error:  # a full disk does not say where
         raise OSError(f"{path} could not be written: {error.strerror}") from None
     os.replace(temporary, path)
