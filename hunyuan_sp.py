@@ -756,7 +756,7 @@ def forward_flops(config, video, text, linears=1, attention=1):
 @torch.no_grad()
 def assign(param, full):
     """Put a full tensor, equal on all ranks, into a parameter; of a sharded one each rank keeps its part."""
-    param.copy_(part_of(full.to(param.device, param.dtype), param))
+    param.copy_(part_of(full, param))
 
 
 def part_of(full, param):
@@ -771,19 +771,19 @@ def whole(param):
     return (param.full_tensor() if isinstance(param, DTensor) else param).detach()
 
 
-def init_weights(model, seed=0, only=""):
+def init_weights(model, seed=0, only="", device=None):
     """Initialise for training from scratch; a parameter's values depend on (seed, its name, kind of device), not the layout.
 
     Modulations and the last layer start at zero, so that every block starts as the identity; so does a LoRA, whose B is zero.
-    only: parameters with this in their name.
+    only: parameters with this in their name. device: where numbers are drawn, by default where the parameter is.
     """
     shapes = {name: param.shape for name, param in model.named_parameters()}
     for name, param in model.named_parameters():
         if only not in name:
             continue
         module, _, kind = name.rpartition(".")
-        generator = torch.Generator(param.device).manual_seed(zlib.crc32(name.encode()) + seed)
-        full = torch.empty(param.shape, device=param.device)
+        generator = torch.Generator(device or param.device).manual_seed(zlib.crc32(name.encode()) + seed)
+        full = torch.empty(param.shape, device=generator.device)
         if re.search(r"mod\.linear|modulation|final_layer\.linear|lora_B", name) or name == "img_in.proj.bias":
             full.zero_()
         elif re.search(r"norm\d?$", module):

@@ -312,7 +312,7 @@ def build_model(config, pm, args, checkpoints, path):
     if args.weights and (args.lora or not path):
         load_weights(model, args.weights)
     if not path:
-        init_weights(model, args.seed, only="lora_" if args.weights else "")
+        init_weights(model, args.seed, "lora_" if args.weights else "", pm.device)
     if args.compile:
         model.compile_blocks()
     trained = [param for param in model.parameters() if param.requires_grad]
