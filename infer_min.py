@@ -64,6 +64,7 @@ from train_min import (
     get_config,
     printed_time,
     replace_file,
+    scheduler_shift,
 )
 
 
@@ -170,18 +171,7 @@ def sigma_schedule(steps, shift):
 
 def infer(args):
     """Encode the prompts, build the model, sample every clip, decode and write it. Gives back the ParallelManager."""
-    check_flags(args, "steps score", 1)
-    check_flags(args, "shift", 1e-9)
-    check_flags(args, "cfg guidance", 0.0)
-    check_flags(args, "seed", 0, 2**62)
-    if args.encode and not (args.model and args.output.endswith("/")):
-        raise ValueError("--encode needs --model, a snapshot, and --output FOLDER/ with a / at its end")
-    if args.image and not args.model:
-        raise ValueError("--image needs --model, an image-to-video snapshot")
-    if args.negative_embeds and (args.negative_prompt or not args.embeds):
-        raise ValueError("--negative_embeds goes with --embeds, in place of --negative_prompt")
-    if not args.output.endswith("/") and not Path(args.output).name:
-        raise ValueError(f"--output {args.output!r} is no name: end a folder's with /")
+    check_args(args)
     snapshot = Snapshot(args) if args.model is not None else None
     if snapshot:
         args.weights, args.shift = args.weights or str(snapshot.folder / "transformer"), args.shift or snapshot.shift
@@ -281,6 +271,22 @@ def check_clip(latents, title):
 
 # --------------------------------------------------------------------------------------------------------------------
 # what it builds
+
+
+def check_args(args):
+    """ValueError for flags that are out of range, or do not go together."""
+    check_flags(args, "steps score", 1)
+    check_flags(args, "shift", 1e-9)
+    check_flags(args, "cfg guidance", 0.0)
+    check_flags(args, "seed", 0, 2**62)
+    if args.encode and not (args.model and args.output.endswith("/")):
+        raise ValueError("--encode needs --model, a snapshot, and --output FOLDER/ with a / at its end")
+    if args.image and not args.model:
+        raise ValueError("--image needs --model, an image-to-video snapshot")
+    if args.negative_embeds and (args.negative_prompt or not args.embeds):
+        raise ValueError("--negative_embeds goes with --embeds, in place of --negative_prompt")
+    if not args.output.endswith("/") and not Path(args.output).name:
+        raise ValueError(f"--output {args.output!r} is no name: end a folder's with /")
 
 
 def build_model(config, pm, args, checkpoints, path, state):
@@ -447,6 +453,40 @@ def header_alpha(header, file):
 
 # --------------------------------------------------------------------------------------------------------------------
 # what the user sees
+
+
+class Preview:
+    """What a model in training makes of one prompt, in 20 steps from the same noise every time; from train_min.py.
+
+    shape: of the latents, [C, T, h, w]. model: the snapshot, if it is one, whose encoders and VAE are used. ValueError where
+    nothing understands the prompt.
+    """
+
+    def __init__(self, pm, config, shape, prompt, model):
+        toy, flags = config.out_channels == 3, ["--prompt", prompt, "--steps", "20"]
+        if not (toy or model) or config.image_condition_type:
+            raise ValueError("--sample_prompt is for the toy, or for --model with a text-to-video snapshot")
+        self.pm, self.shape, self.args = pm, shape, parse(flags + (["--model", model] if model else []))
+        self.snapshot = Snapshot(self.args) if model else None
+        if self.snapshot:
+            texts, _, _ = self.snapshot.encode(pm, self.args, [prompt], {prompt})
+        else:
+            texts, _, _ = embed_prompts(pm, self.args, config, {prompt})
+        self.text, self.pooled = (x.to(pm.device) for x in texts[prompt])
+
+    def write(self, model, name):
+        """NAME.mp4 or .gif, as `infer` writes them. Every rank calls it."""
+        if self.pm.is_main and sys.stdout.isatty():
+            print()  # training's line stays
+        shift, group = self.snapshot.shift if self.snapshot else 4.0, self.pm.sp_group
+        noise = torch.randn((1, *self.shape), generator=seeded("sample", 0, 0)).to(self.pm.device)
+        rules = dict(steps=self.args.steps, shift=shift, guidance=self.args.guidance, group=group)
+        latents = sample(model, noise, [self.text], self.pooled[None], **rules)[0]
+        if not latents.isfinite().all():  # on all ranks alike
+            return print(f"{name} is not written: it has values that are not finite") if self.pm.is_main else None
+        pixels = decode(self.snapshot.vae(self.pm.device), latents, group) if self.snapshot else None
+        clip = Clip(argparse.Namespace(**vars(self.args) | dict(output=name)), 0, self.args.prompt[0], 1, None)
+        self.pm.together(lambda: clip.write(latents.cpu(), pixels, draw=False) if self.pm.is_main else None)
 
 
 class Clip:
@@ -694,7 +734,6 @@ class Snapshot:
 
     PARTS = "transformer vae scheduler".split()
     ENCODERS = "text_encoder text_encoder_2 tokenizer tokenizer_2".split()
-    SWITCHES = ("use_", "invert_sigmas", "shift_terminal", "stochastic_sampling")  # of other schedules
 
     def __init__(self, args):
         self.folder = Path(args.model)
@@ -706,7 +745,7 @@ class Snapshot:
         if lost := [part for part in parts if not (self.folder / part).is_dir()]:
             raise ValueError(f"{self.folder} is not a snapshot in the diffusers layout: it has no {lost[0]}/")
         self.config = get_config(args)
-        self.shift = self._shift()
+        self.shift = scheduler_shift(self.folder)
         kind = self.config.image_condition_type
         if bool(args.image) != bool(kind) and not (args.export or args.encode):
             told = "its first frame: give --image" if kind else "no --image"
@@ -719,20 +758,6 @@ class Snapshot:
         """All files but the DiT's weights."""
         parts = [self.folder / part for part in (*self.PARTS[1:], *self.ENCODERS)]
         return [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
-
-    def _shift(self):
-        """Of the flow schedule. ValueError for a scheduler with other rules than `sigma_schedule`."""
-        file = self.folder / "scheduler/scheduler_config.json"
-        try:
-            config = json.loads(file.read_text())
-            kind, shift = config["_class_name"], float(config["shift"])
-            on = [name for name, value in config.items() if name.startswith(self.SWITCHES) and value]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} does not say which schedule it is, and its shift ({error!r})") from None
-        if kind != "FlowMatchEulerDiscreteScheduler" or on or not 0 < shift < math.inf:
-            told = f"{kind} with a shift of {shift}{' and ' * bool(on)}{', '.join(on)}"
-            raise ValueError(f"{file} is {told}: only the release's schedule is known, FlowMatchEulerDiscreteScheduler")
-        return shift
 
     @staticmethod
     def _image(file):

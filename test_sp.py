@@ -2225,6 +2225,8 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("train --timeout inf", "--timeout inf is not in"),
     ("train --lr inf", "--lr inf is not at least 1e-09 and finite"),
     ("train --guidance nan", "--guidance nan is not at least 0.0"),
+    ("train --sample_prompt x", "--sample_prompt goes with --validate_every"),
+    ("train --config 13b --validate_every 1 --sample_prompt x", "--sample_prompt is for the toy, or for --model"),
     ("train --seed 12345678901234567890", "--seed 12345678901234567890 is not in 0 .."),
     ("train --data {bad}/masked", "masked/a.safetensors holds text_mask beside latents, text, pooled"),
     ("train --attention fa5", "attention 'fa5' is none of sdpa, fa4"),
@@ -2465,6 +2467,29 @@ def write_video(file, frames, height, width, rate=24, seed=0):
     return pixels
 
 
+def test_a_clip_at_each_validation(tmp_path):
+    """It is what infer_min.py makes of the checkpoint: of the average, where there is one."""
+    flags = "--blocks 1,1 --steps 2 --warmup 0 --lr 1e-2 --batch 4 --ema 0.5 --validate_every 1 --sample_prompt".split()
+    told = fork("train", *flags, "a red square moves left", "--out", tmp_path / "out", ranks=2, out=tmp_path)
+    assert [code for code, _ in told] == [0, 0], told
+    ((code, printed),) = fork(
+        "infer",
+        "--checkpoint",
+        tmp_path / "out",
+        "--prompt",
+        "a red square moves left",
+        "--output",
+        tmp_path / "clip",
+        out=tmp_path,
+    )
+    assert code == 0, printed
+    first, last, clip = (
+        load_file(tmp_path / f"{n}.safetensors")["latents"] for n in ("out/sample-1", "out/sample-2", "clip")
+    )
+    close(last, clip, 1e-5)
+    assert (first - last).abs().max() > 1e-3
+
+
 @NEEDS_EXTRA
 def test_from_videos_to_a_lora(snapshot, tmp_path):
     """As a user types it: a folder of videos is encoded on two ranks, whatever is in it; a LoRA is trained on it, sampled
@@ -2484,20 +2509,7 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     for name, caption in captions.items():
         (videos / f"{name}.txt").write_text(caption + "\n")
     (videos / "captions.jsonl").write_text(json.dumps(dict(file="picture.png", caption="red")) + "\n")
-    flags = [
-        "--model",
-        snapshot,
-        "--encode",
-        videos,
-        "--output",
-        f"{out}/",
-        "--height",
-        64,
-        "--width",
-        96,
-        "--frames",
-        9,
-    ]
+    flags = f"--model {snapshot} --encode {videos} --output {out}/ --height 64 --width 96 --frames 9".split()
     work = start_forked("infer", *flags, ranks=2, out=tmp_path)
     wait_for(lambda: list(out.glob("*.*.safetensors")) or not work[0][0].is_alive())
     for process, _ in work:
@@ -2550,49 +2562,31 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     }
     close(load_file(out / "a.mp4.safetensors")["latents"], encoded(pixels[:9]), 1e-5)
 
-    run = [
-        "--model",
-        snapshot,
-        "--data",
-        out,
-        "--lora",
-        2,
-        "--steps",
-        3,
-        "--batch",
-        2,
-        "--lr",
-        1e-2,
-        "--caption_drop",
-        0.5,
-    ]
-    run += ["--validate_every", 1, "--validate", 0.2, "--workers", 0, "--out", tmp_path / "cat"]
+    run = (
+        f"--model {snapshot} --data {out} --lora 2 --steps 3 --batch 2 --lr 1e-2 --caption_drop 0.5 --workers 0".split()
+    )
+    run += [*"--validate_every 1 --validate 0.2 --sample_prompt".split(), "a cat", "--out", tmp_path / "cat"]
     told = fork("train", *run, ranks=2, out=tmp_path)
     assert [code for code, _ in told] == [0, 0], told
     entries = losses(tmp_path / "cat")
     assert len({entry["validation_loss"] for entry in entries}) == 3, entries
+    lora, clips = tmp_path / "cat/lora.safetensors", []
     clip = ["--model", snapshot, "--prompt", "a cat", *SIZE, "--output"]
-    clips = []
-    for name, more in dict(
-        without=[],
-        merged=["--lora", tmp_path / "cat/lora.safetensors"],
-        none=["--lora", f"{tmp_path}/cat/lora.safetensors:0"],
-    ).items():
+    for name, more in (("without", []), ("merged", ["--lora", lora]), ("none", ["--lora", f"{lora}:0"])):
         ((code, printed),) = fork("infer", *clip, tmp_path / name, *more, out=tmp_path)
         assert code == 0, printed
         clips.append(load_file(tmp_path / f"{name}.safetensors")["latents"])
     assert torch.equal(clips[0], clips[2]) and (clips[0] - clips[1]).abs().max() > 1e-3
-    export = [
-        "--model",
-        snapshot,
-        "--lora",
-        tmp_path / "cat/lora.safetensors",
-        "--shard",
-        "--export",
-        tmp_path / "merged",
-        "--naming",
-        "diffusers",
-    ]
+    # the clip of the last step is the one that the LoRA gives
+    seen = load_file(tmp_path / "cat/sample-3.safetensors")["latents"]
+    assert (tmp_path / "cat/sample-3.mp4").is_file() and (tmp_path / "cat/sample-1.png").is_file()
+    size = dict(height=8 * seen.shape[2], width=8 * seen.shape[3], frames=4 * seen.shape[1] - 3, steps=20)
+    size = [str(part) for name, value in size.items() for part in (f"--{name}", value)]
+    ((code, printed),) = fork("infer", *clip, tmp_path / "same", "--lora", lora, *size, out=tmp_path)
+    assert code == 0, printed
+    close(load_file(tmp_path / "same.safetensors")["latents"], seen, 1e-4)
+
+    export = f"--model {snapshot} --lora {lora} --shard --export {tmp_path}/merged --naming diffusers".split()
     ((code, printed),) = fork("infer", *export, out=tmp_path)
     assert code == 0, printed
     shutil.copytree(snapshot, tmp_path / "tuned")

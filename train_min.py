@@ -70,7 +70,7 @@ def parse(argv=None):
     flag("--lr", type=float, help="peak, then a cosine to a tenth (default 2e-3; 13b, --model: 1e-5; --lora: 1e-4)")
     flag("--warmup", type=int, default=50, help="steps of linear warm-up")
     flag("--clip", type=float, default=1.0, help="global gradient norm")
-    flag("--shift", type=float, help="flow shift of the noise levels (default 4; 13b: 7, for 720p x 129 frames)")
+    flag("--shift", type=float, help="flow shift of the noise levels (default 4; 13b: 7; --model: its scheduler's)")
     flag("--guidance", type=float, default=1.0, help="guidance scale fed to models that embed it")
     flag("--caption_drop", type=float, default=0.1, help="chance of training a sample without its text")
     flag("--lora", type=int, help="train a LoRA of this rank, the weights frozen; written to --out/lora.safetensors")
@@ -83,6 +83,10 @@ def parse(argv=None):
     )
     flag("--validate_every", type=int, default=0, help="steps between losses on samples held out (default 0: none)")
     flag("--validate", type=float, default=0.05, help="share of the samples that is held out then, at least one")
+    flag(
+        "--sample_prompt",
+        help="make a clip of it at each validation, from the same noise: --out/sample-STEP.mp4 or .gif",
+    )
     flag("--offload", action="append", choices=("weights", "activations"), help="to the host's memory; or twice, both")
     flag("--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)")
     flag("--seed", type=int, default=0, help="of weights, order, noise and caption drop")
@@ -107,7 +111,8 @@ def parse(argv=None):
     args.config = args.config or (None if args.model else "tiny")
     big = args.config != "tiny"
     args.lr = (1e-4 if args.lora else 1e-5 if big else 2e-3) if args.lr is None else args.lr
-    args.shift = (7.0 if big else 4.0) if args.shift is None else args.shift
+    if args.shift is None and not args.model:
+        args.shift = 7.0 if big else 4.0
     args.checkpointing = args.checkpointing or ("attention" if big else "none")
     args.workers = int(big) if args.workers is None else args.workers
     return args
@@ -140,31 +145,12 @@ CHECK_EVERY = 100  # steps between checks that sp ranks share their samples
 
 def train(args):
     """Build everything, take the steps, save. Gives back the ParallelManager."""
-    check_flags(args, "steps batch accumulation shard_size lora", 1)
-    check_flags(args, "warmup save_every keep workers validate_every", 0)
-    check_flags(args, "lr clip shift lora_alpha", 1e-9)
-    check_flags(args, "timeout", 1e-9, 1e7)
-    check_flags(args, "caption_drop validate", 0.0, 1.0)
-    check_flags(args, "seed", 0, 2**62)
-    check_flags(args, "guidance", 0.0)
-    check_flags(args, "ema", 0.0, 0.999999)
+    config = get_config(args)
+    check_args(args)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
         torch.use_deterministic_algorithms(True)
-    config = get_config(args)
-    args.weights = args.weights or (f"{args.model}/transformer" if args.model else None)
-    data = build_data(config, args)
-    noise, (data, held) = isinstance(data, RandomLatents), hold_out(data, args)
-    if args.model and noise:
-        raise ValueError("--model needs --data, a folder that infer_min.py --encode has written")
-    if args.lora and not args.weights and not noise:
-        raise ValueError("--lora changes weights that are there: give --model or --weights")
-    if "activations" in args.offload and args.checkpointing == "none":
-        raise ValueError("--offload activations moves what --checkpointing attention or full keeps, and it is none")
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
-    if args.lora_alpha and not args.lora:
-        raise ValueError("--lora_alpha goes with --lora")
+    data, held = hold_out(build_data(config, args), args)
     weights = fingerprint(weight_files(args.weights)) if args.weights else ""
 
     # who am I; which samples are mine; where did we stop
@@ -172,28 +158,22 @@ def train(args):
     batch_size = args.batch or (16 if args.config == "tiny" else pm.dp_size * args.accumulation)
     facts = dict(torch=torch.__version__, data=data.fingerprint(), weight_files=weights)
     pm.check_equal(vars(args) | facts)
-    sampler = DPSPBatchSampler(
-        len(data),
-        batch_size,
-        pm.dp_rank,
-        pm.dp_size,
-        args.accumulation,
-        args.seed,
-        shapes=data.shapes,
-        names=data.names,
-    )
+    kinds = dict(shapes=data.shapes, names=data.names)  # a step takes samples of one shape
+    sampler = DPSPBatchSampler(len(data), batch_size, pm.dp_rank, pm.dp_size, args.accumulation, args.seed, **kinds)
     checkpoints, signals = Checkpoints(pm, args.out), catch_signals()
     checkpoints.claim()
     path, state = find_start(checkpoints, args)
     if path:
         check_same(config, what_is_trained(args, weights), state, path)
         sampler.load_state_dict(state["sampler"])
+    preview = build_preview(config, pm, args, data)  # its text encoders are gone before the model comes
     model, optimizer, average = build_model(config, pm, args, checkpoints, path)
     stream = batches(data, sampler, pm, args)
-    start = step = state.get("step", 0)
-    clock = Clock(pm, args.steps - start, f"{args.out}/trace" if args.profile else None, profiled=args.profile or noise)
+    start = step = saved = state.get("step", 0)
+    save_every, skipped = args.save_every or (0 if is_benchmark(args) else args.steps), 0
+    traces = f"{args.out}/trace" if args.profile else None
+    clock = Clock(pm, args.steps - start, traces, profiled=args.profile or is_benchmark(args))
     progress = Progress(pm, model, data, batch_size, args, start)
-    saved, skipped = start, 0
     rules = dict(checkpointing=args.checkpointing, offload="activations" in args.offload)
 
     while step < args.steps:
@@ -228,6 +208,8 @@ def train(args):
         if held and (step % args.validate_every == 0 or step == args.steps):
             with average.used():
                 more |= dict(validation_loss=validate(model, held, pm, args))
+                if preview:
+                    preview.write(model, f"{args.out}/sample-{step}")
         progress.step(step, loss, norm, lr, clock, skipped=not finite, more=more)
 
         skipped = 0 if finite else skipped + 1
@@ -239,10 +221,8 @@ def train(args):
             )
         if ready == pm.world_size:
             checkpoints.finish()
-        due = step == args.steps and (args.save_every or not noise)
-        if args.save_every and step % args.save_every == 0:
-            due = True
         signals["save"] &= not save
+        due = save_every and (step % save_every == 0 or step == args.steps)
         if due or save or stop:
             extra = dict(config=asdict(config), args=vars(args), layout=[pm.dp_size, pm.sp_size])
             extra |= what_is_trained(args, weights) | dict(sampler=sampler.state_dict())
@@ -262,6 +242,38 @@ def train(args):
 
 # --------------------------------------------------------------------------------------------------------------------
 # what the loop builds
+
+
+def check_args(args):
+    """ValueError for flags that are out of range, or do not go together; --model's weights and shift where none are given."""
+    check_flags(args, "steps batch accumulation shard_size lora", 1)
+    check_flags(args, "warmup save_every keep workers validate_every", 0)
+    check_flags(args, "lr clip shift lora_alpha", 1e-9)
+    check_flags(args, "timeout", 1e-9, 1e7)
+    check_flags(args, "caption_drop validate", 0.0, 1.0)
+    check_flags(args, "seed", 0, 2**62)
+    check_flags(args, "guidance", 0.0)
+    check_flags(args, "ema", 0.0, 0.999999)
+    if args.model and not args.data:
+        raise ValueError("--model needs --data, a folder that infer_min.py --encode has written")
+    if args.lora and not (args.weights or args.model or is_benchmark(args)):
+        raise ValueError("--lora changes weights that are there: give --model or --weights")
+    if args.lora_alpha and not args.lora:
+        raise ValueError("--lora_alpha goes with --lora")
+    if "activations" in args.offload and args.checkpointing == "none":
+        raise ValueError("--offload activations moves what --checkpointing attention or full keeps, and it is none")
+    if args.sample_prompt is not None and not args.validate_every:
+        raise ValueError("--sample_prompt goes with --validate_every")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
+    if args.model:
+        args.weights = args.weights or f"{args.model}/transformer"
+        args.shift = args.shift or scheduler_shift(args.model)
+
+
+def is_benchmark(args):
+    """Whether it trains on noise: nothing of it is worth saving."""
+    return not args.data and args.config != "tiny"
 
 
 def check_flags(args, names, low, high=math.inf):
@@ -296,6 +308,22 @@ def get_config(args):
     return config
 
 
+def scheduler_shift(snapshot):
+    """The flow shift of a snapshot's scheduler. ValueError for one with other rules than `shift_sigma` over even steps."""
+    file = Path(snapshot) / "scheduler/scheduler_config.json"
+    switches = ("use_", "invert_sigmas", "shift_terminal", "stochastic_sampling")  # of other schedules
+    try:
+        config = json.loads(file.read_text())
+        kind, shift = config["_class_name"], float(config["shift"])
+        on = [name for name, value in config.items() if name.startswith(switches) and value]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} does not say which schedule it is, and its shift ({error!r})") from None
+    if kind != "FlowMatchEulerDiscreteScheduler" or on or not 0 < shift < math.inf:
+        told = f"{kind} with a shift of {shift}{' and ' * bool(on)}{', '.join(on)}"
+        raise ValueError(f"{file} is {told}: only the release's schedule is known, FlowMatchEulerDiscreteScheduler")
+    return shift
+
+
 def compute_dtype(args, device):
     return getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
@@ -321,6 +349,15 @@ def build_model(config, pm, args, checkpoints, path):
     if path:
         checkpoints.load(path, model, optimizer, average.values)
     return model, optimizer, average
+
+
+def build_preview(config, pm, args, data):
+    """What makes the clips of --sample_prompt, of the first sample's shape; None without it."""
+    if args.sample_prompt is None:
+        return None
+    from infer_min import Preview  # it imports this file
+
+    return Preview(pm, config, data[0][1].shape, args.sample_prompt, args.model)
 
 
 class Average:
@@ -354,36 +391,46 @@ class Average:
 
 
 def plan(config, args):
-    """{part: GiB} that a GPU needs for these flags, in bf16 with --compile: within 10 % of what was measured.
+    """{part: GiB} that a GPU needs for these flags in bf16 with --compile, and of the host's memory each rank: to 10 % of
+    what was measured.
 
     In multiples of one activation, 2 bytes x hidden size for each of a rank's tokens: what a block keeps until its backward,
     and what the backward of one block works with. The keys of the first dict are --checkpointing's.
     """
     blocks, working = dict(none=(18, 24), attention=(2, 22), full=(1, 30))[args.checkpointing]
+    kept = blocks - ("activations" in args.offload)
     with torch.device("meta"):
         model = HunyuanVideo(config)
         if args.lora:
             add_lora(model, args.lora, args.lora_alpha)
-    ranks, trained = (args.dp or 1) * args.sp, sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen, shard = sum(p.numel() for p in model.parameters()) - trained, args.shard_size or ranks
-    samples = -(-(args.batch or 1) // ((args.dp or 1) * args.accumulation))
+    dp, shard = args.dp or 1, args.shard_size or (args.dp or 1) * args.sp
+    params = [(param.numel(), param.requires_grad) for param in model.parameters()]
+    trained, frozen = (sum(n for n, trains in params if trains == kind) for kind in (True, False))
+    largest = max(([*block.parameters()] for block in model.blocks), key=lambda own: sum(p.numel() for p in own))
+    gathered = sum(2 * 2 * p.numel() + 4 * p.numel() * p.requires_grad for p in largest)  # the next block too
+
     _, *grid = latent_shape(config, args.height, args.width, args.frames)
-    tokens = samples * -(-(math.prod(grid) // math.prod(config.patch_size) + 60) // args.sp)
+    video, samples = math.prod(grid) // math.prod(config.patch_size), -(-(args.batch or 1) // (dp * args.accumulation))
+    tokens = samples * -(-(video + 60) // args.sp)
     activation = 2 * config.hidden_size * tokens
-    kept = blocks - ("activations" in args.offload)
     told = dict(weights=(4 * trained + 2 * frozen) / shard, optimizer=8 * trained / shard)
-    gradients = 4 * trained / (shard if args.accumulation == 1 else 1)
-    told |= dict(kept=len(model.blocks) * (kept * activation + 4 * config.num_heads * tokens), gradients=gradients)
-    largest = max(model.blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
-    gathered = [2 * 2 * p.numel() + 4 * p.numel() * p.requires_grad for p in largest.parameters()]  # the next one too
-    told |= dict(working=working * activation + sum(gathered))
+    told |= dict(gradients=4 * trained / (shard if args.accumulation == 1 else 1))
+    told |= dict(kept=len(model.blocks) * (kept * activation + 4 * config.num_heads * tokens), host=0)
+    told |= dict(working=working * activation + gathered)
+    if "activations" in args.offload:
+        told["host"] += len(model.blocks) * pinned(activation)
     if "weights" in args.offload:
         told |= dict(weights=0, optimizer=0, gradients=0)
-    host = (16 * trained + 2 * frozen) / shard * ("weights" in args.offload)
-    told["host"] = host + len(model.blocks) * activation * ("activations" in args.offload)
+        for n, trains in params:  # a trained one with its gradient, and two averages that are not pinned
+            told["host"] += 2 * pinned(4 * n / shard) + 8 * n / shard if trains else pinned(2 * n / shard)
     # the kept activations go as the gradients come
     told["all"] = told["weights"] + told["optimizer"] + max(told["kept"], told["gradients"]) + told["working"]
     return {name: round(value / 2**30, 1) for name, value in told.items()}
+
+
+def pinned(size):
+    """What so many bytes of pinned memory take: torch asks for powers of two."""
+    return 2 ** math.ceil(math.log2(size))
 
 
 def learning_rate(step, args):
