@@ -3058,7 +3058,10 @@ def test_plan():
         args = train_min.parse(f"--config 13b --width 1280 --height 720 {flags}".split())
         ours = train_min.plan(train_min.get_config(args), args)["all"]
         assert abs(ours / float(measured) - 1) < 0.1, f"{flags}: {ours} GiB, measured {measured}"
-    assert len(rows) == 11
+        if "--offload weights" in flags:
+            ranks, host = args.sp, float(re.search(r"two ranks took\s+(\d+) GiB", text)[1])
+            assert abs(ranks * train_min.plan(train_min.get_config(args), args)["host"] / host - 1) < 0.1
+    assert len(rows) == 14
 
 
 def test_cost_model():

@@ -337,6 +337,8 @@ def build_model(config, pm, args, checkpoints, path):
             add_lora(model.to(dtype), args.lora, args.lora_alpha)
     half = None if dtype == torch.float32 else dtype
     pm.shard(model, model.blocks, half, args.shard_size, offload="weights" in args.offload)
+    if "weights" in args.offload and pm.device.type == "cuda":  # AdamW then runs on CPUs, and torchrun gives a rank one
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if args.weights and (args.lora or not path):
         load_weights(model, args.weights)
     if not path:
