@@ -44,11 +44,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.profiler import record_function
@@ -104,10 +100,9 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, scatter_dim, gather_dim, scatter_sizes, gather_sizes):
         ctx.transpose = group, gather_dim, scatter_dim, gather_sizes, scatter_sizes
-        leaving = _shapes(x.shape, scatter_dim, scatter_sizes)  # leaving[j] is for rank j
-        arriving = _shapes(
-            leaving[group_rank(group)], gather_dim, gather_sizes
-        )  # arriving[j] is what rank j has for us
+        # leaving[j] is for rank j, arriving[j] is what rank j has for us
+        leaving = _shapes(x.shape, scatter_dim, scatter_sizes)
+        arriving = _shapes(leaving[group_rank(group)], gather_dim, gather_sizes)
         counts_out, counts_in = ([math.prod(shape) for shape in shapes] for shapes in (leaving, arriving))
         received = x.new_empty(sum(counts_in))
         dist.all_to_all_single(received, _cut(x, scatter_dim, leaving), counts_in, counts_out, group=group)
@@ -187,9 +182,7 @@ class ParallelManager:
             told = f"{mesh.mesh_dim_names} over {mesh.size()} of {dist.get_world_size()} ranks"
             raise ValueError(f"a mesh needs the dims dp and sp over all ranks, got {told}")
         self.mesh, device_type = mesh, mesh.device_type
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
-        )
+        self.device = torch.device(device_type, torch.cuda.current_device() if device_type == "cuda" else None)
         self.rank, self.world_size, self.is_main = dist.get_rank(), dist.get_world_size(), dist.get_rank() == 0
         self.dp_group, self.sp_group = mesh.get_group("dp"), mesh.get_group("sp")
         self.dp_rank, self.dp_size = mesh.get_local_rank("dp"), group_size(self.dp_group)
@@ -402,9 +395,8 @@ class Checkpoints:
             until = time.monotonic() + 10
             while not file.is_file() or file.read_text().strip() != told:
                 if time.monotonic() > until:
-                    raise ValueError(
-                        f"{file}, which rank 0 wrote, is not there: all ranks must see the same {self.folder}"
-                    )
+                    missing = f"{file}, which rank 0 wrote, is not there"
+                    raise ValueError(f"{missing}: all ranks must see the same {self.folder}")
                 time.sleep(0.1)
 
         # not rank 0: a lock of POSIX is lost when its process closes the file, however often it has it open
@@ -507,11 +499,8 @@ class Checkpoints:
         tensors, saved = _tensors(model, optimizer, more), _or_oserror(told, reader.read_metadata).state_dict_metadata
         # a parameter that never had a gradient has no state, there or here
         stateful = {key.rpartition(".")[0] for key in saved}
-        fresh = {
-            f"optimizer.state.{name}": param
-            for name, param in (model.named_parameters() if optimizer else ())
-            if f"optimizer.state.{name}" not in stateful
-        }
+        params = {f"optimizer.state.{name}": param for name, param in model.named_parameters()} if optimizer else {}
+        fresh = {name: param for name, param in params.items() if name not in stateful}
         wanted = {key: value for key, value in tensors.items() if key.rpartition(".")[0] not in fresh}
         _or_oserror(told, partial(dcp.load, wanted, storage_reader=reader))
         if optimizer:
@@ -658,12 +647,10 @@ def run(main, folder, debug=False):
         if dist.is_initialized() and not lost:
             _say_and_wait("leaving", 5.0)  # others find the same fault soon; without rank 0 they would find another one
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        if restarts and isinstance(
-            error, ValueError | FileNotFoundError
-        ):  # the first rank that ends asks, or it is too late
-            print(
-                f"another try would end the same: torchrun is stopped, with --max-restarts {restarts}", file=sys.stderr
-            )
+        if restarts and isinstance(error, ValueError | FileNotFoundError):
+            # the first rank that ends asks, or it is too late
+            told = f"another try would end the same: torchrun is stopped, with --max-restarts {restarts}"
+            print(told, file=sys.stderr)
             os.kill(os.getppid(), signal.SIGTERM)
         os._exit(1)  # what other ranks wait for may never come
 

@@ -43,16 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from comm import (
-    ParallelManager,
-    all_to_all,
-    gather_sequence,
-    group_rank,
-    group_size,
-    run,
-    split_sequence,
-    split_sizes,
-)
+from comm import ParallelManager, all_to_all, gather_sequence, group_rank, group_size, run, split_sequence, split_sizes
 
 # --------------------------------------------------------------------------------------------------------------------
 # configuration: the defaults are the released 13B model

@@ -89,10 +89,7 @@ def parse(argv=None):
     flag("--cfg", type=float, default=1.0, help="true classifier-free guidance scale, two passes in one batch")
     flag("--seed", type=int, default=0, help="of the noise")
     flag("--output", default="clip", help="name of the files written, without ending; with a / at its end a folder")
-    flag(
-        "--encode",
-        help="a folder of videos and images with captions: each becomes a sample for train_min.py in --output",
-    )
+    flag("--encode", help="a folder of videos and images with captions: each becomes a sample to train on, in --output")
     flag("--no_buckets", action="store_true", help="all of --height and --width, not of the shape nearest to their own")
     flag("--lora", action="append", help="FILE[:STRENGTH] to add to the weights; may be given several times")
     flag("--export", help="write the weights to this folder instead of sampling")
@@ -132,9 +129,8 @@ def sample(
     """
     batch, true_cfg, kind = len(latents), negative is not None and cfg > 1, model.config.image_condition_type
     if (image is None) != (kind is None):
-        raise ValueError(
-            f"the model's image_condition_type is {kind}, and an image was {'not ' * (image is None)}given"
-        )
+        told = "not given" if image is None else "given"
+        raise ValueError(f"the model's image_condition_type is {kind}, and an image was {told}")
     if true_cfg:
         text, pooled = [*negative[0], *text], torch.cat((negative[1], pooled))
     lengths, padded = [len(t) for t in text], torch.nn.utils.rnn.pad_sequence(text, batch_first=True)
@@ -182,10 +178,8 @@ def infer(args):
     files = [*weight_files(args.weights)] if args.weights else []
     files += [file for file, _ in loras(args)]
     files += snapshot.files() if snapshot else []
-    # of what all clips are made by; an image is read whole
-    shared = [_fingerprint(file) for file in (*files, args.negative_embeds)] + [
-        checksum(args.image) if args.image else 0
-    ]
+    shared = [_fingerprint(file) for file in (*files, args.negative_embeds)]  # what all clips are made by
+    shared += [checksum(args.image)] if args.image else []
 
     pm = ParallelManager(args.dp, args.sp, args.device)
     files = _fingerprint(*(args.embeds or ()), args.prompts)
@@ -492,17 +486,14 @@ class Preview:
 class Clip:
     """One clip to be: its prompt, its number, the flags that decide what is in it, its files."""
 
-    OUTSIDE = (
-        "output embeds prompt prompts dp sp shard device compile attention profile debug export naming score".split()
-    )
+    OUTSIDE = "output embeds prompt prompts dp sp shard device compile attention profile debug export naming score"
 
     def __init__(self, args, n, prompt, count, shared):
         self.prompt, self.n, self.frames = prompt, n, args.frames
         self.name = f"{args.output}{n:04d}" if args.output.endswith("/") else args.output + f"-{n}" * (count > 1)
         self.endings = (".mp4", ".safetensors") if args.model else (".safetensors",)
-        made_by = {k: v for k, v in vars(args).items() if k not in self.OUTSIDE} | dict(
-            prompt=prompt, n=n, shared=shared
-        )
+        made_by = {k: v for k, v in vars(args).items() if k not in self.OUTSIDE.split()}
+        made_by |= dict(prompt=prompt, n=n, shared=shared)
         made_by |= dict(embeds=_fingerprint(prompt)) if args.embeds else {}
         self.made_by = json.dumps(made_by, sort_keys=True)
 
@@ -656,9 +647,8 @@ def decode(vae, latents, group=None):
     order = sorted(range(len(tiles)), key=lambda n: owners[n])  # as they arrive: rank by rank
     parts = dict(zip(order, everything[0].split([sizes[n] for n in order])))
     decoded = {tile: parts[n].view(shape) for n, (tile, shape) in enumerate(zip(tiles, shapes))}
-    return blend_tiles(vae, plan, decoded)[
-        :, : 4 * latents.shape[1] - 3, : 8 * latents.shape[2], : 8 * latents.shape[3]
-    ]
+    frames, height, width = 4 * latents.shape[1] - 3, 8 * latents.shape[2], 8 * latents.shape[3]
+    return blend_tiles(vae, plan, decoded)[:, :frames, :height, :width]
 
 
 def decode_plan(vae, shape):
@@ -691,11 +681,10 @@ def blend_tiles(vae, plan, decoded):
     """{(time, row, column): pixels [3, f, y, x]} -> [3, F, H, W]: each with its neighbours as they are after their own
     blending, above first, then left; time after space."""
     clips, (times, rows, columns) = [], plan
-    stride_t, stride_h, stride_w = (getattr(vae, f"tile_sample_stride_{n}") for n in ("num_frames", "height", "width"))
-    overlap_t, overlap_h, overlap_w = (
-        getattr(vae, f"tile_sample_min_{n}") - stride
-        for n, stride in (("num_frames", stride_t), ("height", stride_h), ("width", stride_w))
-    )
+    axes = ("num_frames", "height", "width")
+    stride_t, stride_h, stride_w = strides = [getattr(vae, f"tile_sample_stride_{axis}") for axis in axes]
+    sizes = [getattr(vae, f"tile_sample_min_{axis}") for axis in axes]
+    overlap_t, overlap_h, overlap_w = (size - stride for size, stride in zip(sizes, strides))
     for time_span in times:
         grid = [[decoded[time_span, row, column] for column in columns] for row in rows]
         for i, line in enumerate(grid):
@@ -863,9 +852,8 @@ class TextEncoders:
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
         head = len(self.tokenizer(self.template.partition("{}")[0]).input_ids)
         if head != self.head:
-            raise ValueError(
-                f"{folder / 'tokenizer'} is another one: the template's head is {head} tokens, not {self.head}"
-            )
+            told = f"the template's head is {head} tokens, not {self.head}"
+            raise ValueError(f"{folder / 'tokenizer'} is another one: {told}")
 
         config = transformers.AutoConfig.from_pretrained(folder / "text_encoder")
         text_config = config.text_config if for_image else config
@@ -918,11 +906,12 @@ def encode(pm, snapshot, args):
     """
     out, tools, began = Path(args.output), [], time.perf_counter()
     found = pm.on_main(lambda: videos_and_captions(Path(args.encode)))
-    for rank in range(pm.world_size):  # one after another: a host never holds the encoders twice
-        parts = [partial(TextEncoders, snapshot), snapshot.vae] if pm.rank == rank else []
-        pm.together(
-            lambda parts=parts: tools.extend(_of_library(snapshot.folder, partial(p, pm.device)) for p in parts)
-        )
+
+    def load():
+        tools.extend(_of_library(snapshot.folder, lambda: (TextEncoders(snapshot, pm.device), snapshot.vae(pm.device))))
+
+    for rank in range(pm.world_size):  # one after another: a host reads one rank's encoders at a time
+        pm.together(load if pm.rank == rank else lambda: None)
     encoders, vae = tools
     kind = snapshot.config.image_condition_type
     made_by = dict(size=[args.height, args.width, args.frames, args.no_buckets])
@@ -1038,10 +1027,11 @@ def read_frames(file, args):
 
 def bucket(width, height, area):
     """The (width, height) in steps of 16, of at most this area, whose shape is nearest to width x height."""
-    sizes = [(max(16, area // h // 16 * 16), h) for h in range(16, area // 16 + 1, 16)]
-    return min(
-        sizes, key=lambda size: (round(abs(math.log(size[0] / size[1] * height / width)), 6), -size[0] * size[1])
-    )
+
+    def distance(size):  # of equal shapes the larger
+        return round(abs(math.log(size[0] / size[1] * height / width)), 6), -size[0] * size[1]
+
+    return min([(max(16, area // h // 16 * 16), h) for h in range(16, area // 16 + 1, 16)], key=distance)
 
 
 # --------------------------------------------------------------------------------------------------------------------

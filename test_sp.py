@@ -2596,6 +2596,17 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     assert code == 0, printed
     close(load_file(tmp_path / "tuned-clip.safetensors")["latents"], clips[1], 2e-2)  # the export is in bfloat16
 
+    # training takes the noise levels that the snapshot's scheduler says
+    file = tmp_path / "tuned/scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(shift=5.0)))
+    for flags, shift in (([], 5.0), (["--shift", "2"], 2.0)):
+        args = train_min.parse(["--model", str(tmp_path / "tuned"), "--data", str(out), *flags])
+        train_min.check_args(args)
+        assert args.shift == shift
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(use_karras_sigmas=True)))
+    with pytest.raises(ValueError, match="use_karras_sigmas: only the release's schedule is known"):
+        train_min.check_args(train_min.parse(["--model", str(tmp_path / "tuned"), "--data", str(out)]))
+
 
 PEFT = pytest.mark.skipif(
     not (EXTRA and importlib.util.find_spec("peft")), reason="needs the extra [pipeline], and peft"

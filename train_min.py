@@ -75,31 +75,18 @@ def parse(argv=None):
     flag("--caption_drop", type=float, default=0.1, help="chance of training a sample without its text")
     flag("--lora", type=int, help="train a LoRA of this rank, the weights frozen; written to --out/lora.safetensors")
     flag("--lora_alpha", type=float, help="its update is alpha / rank times B A (default: the rank)")
-    flag(
-        "--ema",
-        type=float,
-        default=0.0,
-        help="decay of an average of what is trained, validated and given away (0: none)",
-    )
+    flag("--ema", type=float, default=0.0, help="decay of an average of what is trained, to be used (default 0: none)")
     flag("--validate_every", type=int, default=0, help="steps between losses on samples held out (default 0: none)")
     flag("--validate", type=float, default=0.05, help="share of the samples that is held out then, at least one")
-    flag(
-        "--sample_prompt",
-        help="make a clip of it at each validation, from the same noise: --out/sample-STEP.mp4 or .gif",
-    )
+    flag("--sample_prompt", help="a clip of it at each validation, from the same noise: --out/sample-STEP.mp4 or .gif")
     flag("--offload", action="append", choices=("weights", "activations"), help="to the host's memory; or twice, both")
     flag("--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)")
     flag("--seed", type=int, default=0, help="of weights, order, noise and caption drop")
     flag("--out", default="out", help="folder of checkpoints and log.jsonl")
     flag("--save_every", type=int, help="steps between checkpoints (default: only at the end; noise: none)")
     flag("--keep", type=int, default=3, help="checkpoints of this run that stay (0: all)")
-    flag(
-        "--resume",
-        nargs="?",
-        const="yes",
-        choices=("yes", "auto"),
-        help="go on from the newest checkpoint in --out, on any layout; auto: start anew where there is none",
-    )
+    resume = dict(nargs="?", const="yes", choices=("yes", "auto"))
+    flag("--resume", **resume, help="go on from the newest checkpoint in --out, on any layout; auto: or start anew")
     flag("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
     flag("--tensorboard", action="store_true", help="the figures of log.jsonl for TensorBoard too, if it is installed")
     flag("--plan", action="store_true", help="print what --dp x --sp GPUs would need for these flags, and do nothing")
@@ -208,7 +195,7 @@ def train(args):
         if held and (step % args.validate_every == 0 or step == args.steps):
             with average.used():
                 more |= dict(validation_loss=validate(model, held, pm, args))
-                if preview:
+                if preview and not stop:
                     preview.write(model, f"{args.out}/sample-{step}")
         progress.step(step, loss, norm, lr, clock, skipped=not finite, more=more)
 
@@ -281,10 +268,8 @@ def check_flags(args, names, low, high=math.inf):
     for name in names.split():
         value = getattr(args, name)
         if value is not None and not (low <= value <= high and value != math.inf):
-            wanted = (
-                f"at least {low}" + " and finite" * (value == math.inf) if high == math.inf else f"in {low} .. {high}"
-            )
-            raise ValueError(f"--{name} {value} is not {wanted}")
+            least = f"at least {low}{' and finite' * (value == math.inf)}"
+            raise ValueError(f"--{name} {value} is not {least if high == math.inf else f'in {low} .. {high}'}")
 
 
 def get_config(args):
@@ -366,10 +351,8 @@ class Average:
     """An exponential moving average of what is trained, sharded as that is. Decay 0: there is none, and nothing to do."""
 
     def __init__(self, model, decay):
-        self.decay = decay
-        self.params = {
-            name: param.detach() for name, param in model.named_parameters() if decay and param.requires_grad
-        }
+        self.decay, trained = decay, ((n, p) for n, p in model.named_parameters() if decay and p.requires_grad)
+        self.params = {name: param.detach() for name, param in trained}
         self.values = {name: param.clone() for name, param in self.params.items()}
 
     def update(self, skip=False):
@@ -480,23 +463,21 @@ def what_is_trained(args, weights):
 
 def check_same(config, trained, state, path):
     """ValueError with what differs from what a checkpoint was trained with."""
-    was = (
-        dict(image_condition_type=None, lora=None, ema=False) | state["config"]
-    )  # checkpoints from before there were these
-    was |= {name: state[name] for name in trained if name in state}
+    new = dict(image_condition_type=None, lora=None, ema=False)  # checkpoints from before there were these
+    was = new | state["config"] | {name: state[name] for name in trained if name in state}
     now = json.loads(json.dumps(asdict(config) | trained))
-    if wrong := [
-        f"{k}: {was.get(k)} there, {now.get(k)} here" for k in sorted({*was, *now}) if was.get(k) != now.get(k)
-    ]:
-        raise ValueError(f"{path} is of another model: {'; '.join(wrong)}")
+    if wrong := [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]:
+        told = "; ".join(f"{name}: {was.get(name)} there, {now.get(name)} here" for name in wrong)
+        raise ValueError(f"{path} is of another model: {told}")
 
 
 def check_samples(pm, micro_batches, step):
     """The classic silent bug: sp ranks that work on different samples, or on one that each has augmented for itself."""
-    contents = [
-        {name: zlib.crc32(x.contiguous().view(torch.uint8).numpy()) for name, x in batch.items()}
-        for batch in micro_batches
-    ]
+
+    def sums(batch):
+        return {name: zlib.crc32(x.contiguous().view(torch.uint8).numpy()) for name, x in batch.items()}
+
+    contents = [sums(batch) for batch in micro_batches]
     samples = [batch["samples"].tolist() for batch in micro_batches]
     shapes = [[list(batch[name].shape) for name in ("latents", "text")] for batch in micro_batches]
     pm.check_equal(dict(step=step, samples=samples, shapes=shapes, contents=contents), pm.sp_group)
@@ -670,42 +651,39 @@ class Folder:
 
     def __init__(self, config, folder):
         self.with_image, self.empty = config.image_condition_type is not None, None
-        allowed = ["latents", "text", "pooled", *("image empty_text empty_pooled".split() if self.with_image else ())]
         self.files = [file for file in sorted(Path(folder).glob("*.safetensors")) if not file.name.startswith(".")]
         if not self.with_image and Path(folder, self.EMPTY) in self.files:
             self.files.remove(Path(folder, self.EMPTY))
             self.empty = read_text(Path(folder, self.EMPTY), config)
         if not self.files:
             raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
-        self.shapes, self.names = [], [file.name for file in self.files]
-        for file in self.files:
-            if not file.is_file():
-                raise ValueError(f"{file} is not a file")
-            with open_safetensors(file) as handle:
-                shapes = shapes_in(handle)
-            if more := sorted(set(shapes) - set(allowed)):
-                raise ValueError(
-                    f"{file} holds {', '.join(more)} beside {', '.join(allowed)}, which would be ignored: text has "
-                    "valid tokens only, and needs no mask"
-                )
-            if self.with_image and (
-                shapes.get("image") != [*shapes.get("latents", [])[:1], 1, *shapes.get("latents", [])[2:]]
-                or not text_fits({name: shapes.get(f"empty_{name}", []) for name in ("text", "pooled")}, config)
-            ):
-                raise ValueError(
-                    f"{file} holds {shapes}: an image-to-video model needs image [{config.out_channels}, 1, h, w], empty_text "
-                    "and empty_pooled too, as infer_min.py --encode writes them"
-                )
-            latents = shapes.get("latents", [])
-            fits = len(latents) == 4 and latents[0] == config.out_channels and text_fits(shapes, config)
-            if config.image_condition_type == "token_replace" and latents[1:2] == [1]:
-                raise ValueError(f"{file} is one frame, which a token_replace model is given: it learns those after it")
-            if not fits or any(n < 1 or n % p for n, p in zip(latents[1:], config.patch_size)):
-                raise ValueError(
-                    f"{file} holds {shapes}, expected latents [{config.out_channels}, T, h, w] with h, w even, "
-                    f"text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
-                )
-            self.shapes.append(tuple(latents))
+        self.shapes, self.names = [self._shape(config, file) for file in self.files], [file.name for file in self.files]
+
+    def _shape(self, config, file):
+        """(C, T, h, w) of a file's latents. ValueError where it does not hold what it should, and that alone."""
+        allowed = ["latents", "text", "pooled", *("image empty_text empty_pooled".split() if self.with_image else ())]
+        if not file.is_file():
+            raise ValueError(f"{file} is not a file")
+        with open_safetensors(file) as handle:
+            shapes = shapes_in(handle)
+        if more := sorted(set(shapes) - set(allowed)):
+            told = f"{file} holds {', '.join(more)} beside {', '.join(allowed)}, which would be ignored"
+            raise ValueError(f"{told}: text has valid tokens only, and needs no mask")
+        channels, latents = config.out_channels, shapes.get("latents", [])
+        whole = len(latents) == 4 and latents[0] == channels
+        if not (whole and text_fits(shapes, config)) or any(
+            n < 1 or n % p for n, p in zip(latents[1:], config.patch_size)
+        ):
+            texts = f"text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
+            raise ValueError(f"{file} holds {shapes}, expected latents [{channels}, T, h, w] with h, w even, {texts}")
+        if self.with_image:
+            empty = {name: shapes.get(f"empty_{name}", []) for name in ("text", "pooled")}
+            if shapes.get("image") != [channels, 1, *latents[2:]] or not text_fits(empty, config):
+                told = f"{file} holds {shapes}: an image-to-video model needs image [{channels}, 1, h, w], empty_text"
+                raise ValueError(f"{told} and empty_pooled too, as infer_min.py --encode writes them")
+        if config.image_condition_type == "token_replace" and latents[1] == 1:
+            raise ValueError(f"{file} is one frame, which a token_replace model is given: it learns those after it")
+        return tuple(latents)
 
     def __len__(self):
         return len(self.files)
@@ -855,9 +833,8 @@ class Progress:
             return
         speed, steps, seconds = clock.rates(), self.args.steps, clock.seconds[-1]
         entry = dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped) | speed | more
-        entry = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
-        }  # NaN is no JSON
+        # NaN is no JSON
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self.log.write(json.dumps(entry) + "\n")
         self.log.flush()
         for name, value in entry.items() if self.board else ():
@@ -977,10 +954,9 @@ class Clock:
         self.work.append((tokens, flops))
         if self.profiler and len(self.seconds) == self.steps:
             self.profiler.stop()
-            events = [
-                e for e in self.profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation
-            ]
-            self.shares = shares([(e.time_range.start, e.time_range.end, "nccl" in e.name.lower()) for e in events])
+            events = [e for e in self.profiler.events() if not e.is_user_annotation]
+            kernels = [(e.time_range, "nccl" in e.name.lower()) for e in events if e.device_type == DeviceType.CUDA]
+            self.shares = shares([(time.start, time.end, collective) for time, collective in kernels])
             if self.path:
                 self.profiler.export_chrome_trace(f"{self.path}-{self.pm.rank}.json.gz")
 
@@ -988,9 +964,8 @@ class Clock:
         """Of one step over all ranks; tflops and the share of a known GPU's peak are per rank, memory is rank 0's."""
         seconds, (tokens, flops), cuda = self.seconds[step], self.work[step], self.pm.device.type == "cuda"
         tflops = flops / seconds / 1e12 / self.pm.world_size
-        told = dict(
-            s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds), tflops_per_rank=round(tflops, 4)
-        )
+        told = dict(s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds))
+        told |= dict(tflops_per_rank=round(tflops, 4))
         if not cuda:
             return told | dict(peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
         name = torch.cuda.get_device_name(self.pm.device)
