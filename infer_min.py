@@ -452,15 +452,12 @@ def header_alpha(header, file):
 class Preview:
     """What a model in training makes of one prompt, in 20 steps from the same noise every time; from train_min.py.
 
-    shape: of the latents, [C, T, h, w]. model: the snapshot, if it is one, whose encoders and VAE are used. ValueError where
-    nothing understands the prompt.
+    shape: of the latents, [C, T, h, w]. model: the text-to-video snapshot whose encoders and VAE are used; None for the toy.
     """
 
     def __init__(self, pm, config, shape, prompt, model):
-        toy, flags = config.out_channels == 3, ["--prompt", prompt, "--steps", "20"]
-        if not (toy or model) or config.image_condition_type:
-            raise ValueError("--sample_prompt is for the toy, or for --model with a text-to-video snapshot")
-        self.pm, self.shape, self.args = pm, shape, parse(flags + (["--model", model] if model else []))
+        flags = [f"--prompt={prompt}", "--steps=20", *(["--model", model] if model else [])]
+        self.pm, self.shape, self.args = pm, shape, parse(flags)
         self.snapshot = Snapshot(self.args) if model else None
         if self.snapshot:
             texts, _, _ = self.snapshot.encode(pm, self.args, [prompt], {prompt})

@@ -2601,11 +2601,11 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(shift=5.0)))
     for flags, shift in (([], 5.0), (["--shift", "2"], 2.0)):
         args = train_min.parse(["--model", str(tmp_path / "tuned"), "--data", str(out), *flags])
-        train_min.check_args(args)
+        train_min.check_args(args, train_min.get_config(args))
         assert args.shift == shift
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(use_karras_sigmas=True)))
     with pytest.raises(ValueError, match="use_karras_sigmas: only the release's schedule is known"):
-        train_min.check_args(train_min.parse(["--model", str(tmp_path / "tuned"), "--data", str(out)]))
+        train_min.check_args(train_min.parse(["--model", str(tmp_path / "tuned"), "--data", str(out)]), one.config)
 
 
 PEFT = pytest.mark.skipif(

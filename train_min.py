@@ -133,7 +133,7 @@ CHECK_EVERY = 100  # steps between checks that sp ranks share their samples
 def train(args):
     """Build everything, take the steps, save. Gives back the ParallelManager."""
     config = get_config(args)
-    check_args(args)
+    check_args(args, config)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
         torch.use_deterministic_algorithms(True)
@@ -231,8 +231,9 @@ def train(args):
 # what the loop builds
 
 
-def check_args(args):
+def check_args(args, config):
     """ValueError for flags that are out of range, or do not go together; --model's weights and shift where none are given."""
+    understood = config.out_channels == 3 or (args.model and not config.image_condition_type)
     check_flags(args, "steps batch accumulation shard_size lora", 1)
     check_flags(args, "warmup save_every keep workers validate_every", 0)
     check_flags(args, "lr clip shift lora_alpha", 1e-9)
@@ -251,6 +252,8 @@ def check_args(args):
         raise ValueError("--offload activations moves what --checkpointing attention or full keeps, and it is none")
     if args.sample_prompt is not None and not args.validate_every:
         raise ValueError("--sample_prompt goes with --validate_every")
+    if args.sample_prompt is not None and not understood:
+        raise ValueError("--sample_prompt is for the toy, or for --model with a text-to-video snapshot")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
     if args.model:
