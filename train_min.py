@@ -194,7 +194,7 @@ def train(args):
         more = {} if finite else dict(not_finite=name_odd_samples(pm, micro_batches, data))
         if held and (step % args.validate_every == 0 or step == args.steps):
             with average.used():
-                more |= dict(validation_loss=validate(model, held, pm, args))
+                more |= dict(validation_loss=validate(model, held, batch_size, pm, args))
                 if preview and not stop:
                     preview.write(model, f"{args.out}/sample-{step}")
         progress.step(step, loss, norm, lr, clock, skipped=not finite, more=more)
@@ -569,12 +569,13 @@ def to_device(batch, device):
 
 
 @torch.no_grad()
-def validate(model, held, pm, args):
+def validate(model, held, batch_size, pm, args):
     """The mean flow loss over the samples held out, each at four noise levels with the same noise every time: far quieter
-    than the training loss, and the same on any layout."""
+    than the training loss, and the same on any layout. A batch is as large as a micro-batch of training."""
     total, count = torch.zeros((), device=pm.device), 0.0
+    size = pm.dp_size * -(-batch_size // (pm.dp_size * args.accumulation))
     for sigma in (0.2, 0.4, 0.6, 0.8):
-        sampler = DPSPBatchSampler(len(held), pm.dp_size, pm.dp_rank, pm.dp_size, shapes=held.shapes, names=held.names)
+        sampler = DPSPBatchSampler(len(held), size, pm.dp_rank, pm.dp_size, shapes=held.shapes, names=held.names)
         rules = partial(collate, seed=0, shift=1.0, caption_drop=0.0, sigma=sigma)
         for batch in DataLoader(held, batch_sampler=sampler, collate_fn=rules):
             batch = to_device(batch, pm.device)
