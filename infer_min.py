@@ -175,11 +175,7 @@ def infer(args):
     config = snapshot.config if snapshot else get_config(args) if args.config else None  # else the checkpoint's
     if config and config.out_channels != 3:
         latent_shape(config, args.height, args.width, args.frames)  # a size that can't be is told before the ranks meet
-    files = [*weight_files(args.weights)] if args.weights else []
-    files += [file for file, _ in loras(args)]
-    files += snapshot.files() if snapshot else []
-    shared = [_fingerprint(file) for file in (*files, args.negative_embeds)]  # what all clips are made by
-    shared += [checksum(args.image)] if args.image else []
+    shared = made_of(args, snapshot)
 
     pm = ParallelManager(args.dp, args.sp, args.device)
     files = _fingerprint(*(args.embeds or ()), args.prompts)
@@ -203,11 +199,10 @@ def infer(args):
     todo = pm.on_main(lambda: [clip for clip in clips if not (real and clip.is_made())])
     if pm.is_main and len(todo) < len(clips):
         print(f"{len(clips) - len(todo)} of {len(clips)} clips are there already, made by these flags", flush=True)
-    mine = todo[pm.dp_rank :: pm.dp_size]
-    rounds = -(-len(todo) // pm.dp_size)
-    mine += todo[-1:] * (rounds - len(mine))  # every rank takes the same number of steps, also with nothing to do
     if not todo:
         return pm
+    mine, rounds = todo[pm.dp_rank :: pm.dp_size], -(-len(todo) // pm.dp_size)
+    mine += todo[-1:] * (rounds - len(mine))  # every rank takes the same number of steps, also with nothing to do
 
     my_prompts = {clip.prompt for clip in mine}
     if snapshot:
@@ -281,6 +276,14 @@ def check_args(args):
         raise ValueError("--negative_embeds goes with --embeds, in place of --negative_prompt")
     if not args.output.endswith("/") and not Path(args.output).name:
         raise ValueError(f"--output {args.output!r} is no name: end a folder's with /")
+
+
+def made_of(args, snapshot):
+    """The fingerprints of the files that all clips are made of; an image is read whole."""
+    files = [*weight_files(args.weights)] if args.weights else []
+    files += [file for file, _ in loras(args)]
+    files += snapshot.files() if snapshot else []
+    return [_fingerprint(file) for file in (*files, args.negative_embeds)] + [args.image and checksum(args.image)]
 
 
 def build_model(config, pm, args, checkpoints, path, state):
@@ -474,7 +477,9 @@ class Preview:
         rules = dict(steps=self.args.steps, shift=shift, guidance=self.args.guidance, group=group)
         latents = sample(model, noise, [self.text], self.pooled[None], **rules)[0]
         if not latents.isfinite().all():  # on all ranks alike
-            return print(f"{name} is not written: it has values that are not finite") if self.pm.is_main else None
+            if self.pm.is_main:
+                print(f"{name} is not written: it has values that are not finite")
+            return
         pixels = decode(self.snapshot.vae(self.pm.device), latents, group) if self.snapshot else None
         clip = Clip(argparse.Namespace(**vars(self.args) | dict(output=name)), 0, self.args.prompt[0], 1, None)
         self.pm.together(lambda: clip.write(latents.cpu(), pixels, draw=False) if self.pm.is_main else None)
