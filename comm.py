@@ -349,6 +349,7 @@ def _init_process_group(backend, timeout):
 # So what is called step-N was complete once, and the manifest tells whether it still is
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+FILE_BYTES = 2 << 30  # of a rank's files, about
 
 
 class Checkpoints:
@@ -402,10 +403,11 @@ class Checkpoints:
         # not rank 0: a lock of POSIX is lost when its process closes the file, however often it has it open
         self.manager.together((lambda: None) if self.manager.is_main else look)
 
-    def save(self, step, model, optimizer, extra, tag="", keep=0, more=None):
+    def save(self, step, model, optimizer, extra, tag="", keep=0, more=None, copy=True):
         """Start saving weights, optimizer and `extra` (JSON) as step-N; training may go on when this returns.
 
         `finish` completes it. keep: so many checkpoints with this tag stay, the newest (0: all). more: other tensors, by name.
+        copy: the state is copied to the CPU and written beside training; without it this returns when all is written.
         """
         self.finish()
         manager, final, temporary = self.manager, self.folder / f"step-{step}", self.folder / f"tmp-step-{step}"
@@ -415,8 +417,12 @@ class Checkpoints:
             temporary.mkdir(parents=True)
 
         manager.on_main(make_room)
-        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        written = dcp.async_save(_tensors(model, optimizer, more), storage_writer=writer, process_group=self.group)
+        tensors, held, files = _tensors(model, optimizer, more), 0, {}
+        for name, tensor in tensors.items():  # each rank builds a file in memory before it writes it
+            files[name], held = 1 + held // (FILE_BYTES * manager.world_size), held + tensor.numel() * tensor.itemsize
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
+        start = dcp.async_save if copy else _save_at_once
+        written = start(tensors, storage_writer=writer, process_group=self.group)
 
         def read_back():  # in a thread, when all ranks have written: this rank's share of the files
             written.result()
@@ -486,7 +492,7 @@ class Checkpoints:
                 manager.together(partial(check_files, path, mine))
                 return path, manifest
             except (OSError, ValueError) as problem:
-                problems.append(problem)
+                problems += [problem] if manifest or tag is None else []  # else nobody knows whose it is
                 if manager.is_main:
                     print(f"skipping {path}: {problem}", file=sys.stderr, flush=True)
         if problems:
@@ -509,6 +515,16 @@ class Checkpoints:
             set_optimizer_state_dict(model, optimizer, loaded, options=FLAT)
             for param in fresh.values():
                 optimizer.state.pop(param, None)
+
+
+def _save_at_once(tensors, **rules):
+    """What dcp.async_save does, done when this returns."""
+    written = Future()
+    try:
+        written.set_result(dcp.save(tensors, **rules))
+    except (Exception, CheckpointException) as error:
+        written.set_exception(error)
+    return written
 
 
 def _tensors(model, optimizer, more):

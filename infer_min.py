@@ -177,16 +177,16 @@ def infer(args):
         latent_shape(config, args.height, args.width, args.frames)  # a size that can't be is told before the ranks meet
     shared = made_of(args, snapshot)
 
-    pm = ParallelManager(args.dp, args.sp, args.device)
-    files = _fingerprint(*(args.embeds or ()), args.prompts)
-    pm.check_equal(vars(args) | dict(torch=torch.__version__, shared=shared, files=files))
+    pm = ParallelManager(args.dp, args.sp, args.device, args.timeout)
+    facts = dict(torch=torch.__version__, device_type=pm.device.type, shared=shared)
+    pm.check_equal(vars(args) | facts | dict(files=_fingerprint(*(args.embeds or ()), args.prompts)))
     args.dtype = str(compute_dtype(args, pm.device)).removeprefix("torch.")
     checkpoints, path, state, stages = Checkpoints(pm, args.checkpoint), None, {}, Stages(pm)
     if config is None:
         path, state = checkpoints.find()
         if state["args"].get("lora"):
             raise ValueError(f"{path} is a LoRA: give its base model, and --lora {args.checkpoint}/lora.safetensors")
-        config = HunyuanConfig.from_dict(state["config"])
+        config, shared = HunyuanConfig.from_dict(state["config"]), [*shared, state["files"]]
     if args.encode:
         return encode(pm, snapshot, args)
     if args.export:
@@ -195,7 +195,7 @@ def infer(args):
     prompts = read_prompts(args, config)
     clips = [Clip(args, n, prompt, len(prompts), shared) for n, prompt in enumerate(prompts)]
     pm.on_main(lambda: clips[0].file("").parent.mkdir(parents=True, exist_ok=True))
-    real = bool(args.weights)  # a toy or a benchmark is made each time
+    real = bool(args.weights or path) and not toy  # a toy or a benchmark is made each time
     todo = pm.on_main(lambda: [clip for clip in clips if not (real and clip.is_made())])
     if pm.is_main and len(todo) < len(clips):
         print(f"{len(clips) - len(todo)} of {len(clips)} clips are there already, made by these flags", flush=True)
@@ -268,6 +268,7 @@ def check_args(args):
     check_flags(args, "shift", 1e-9)
     check_flags(args, "cfg guidance", 0.0)
     check_flags(args, "seed", 0, 2**62)
+    check_flags(args, "timeout", 1e-9, 1e7)
     if args.encode and not (args.model and args.output.endswith("/")):
         raise ValueError("--encode needs --model, a snapshot, and --output FOLDER/ with a / at its end")
     if args.image and not args.model:
@@ -472,15 +473,22 @@ class Preview:
         """NAME.mp4 or .gif, as `infer` writes them. Every rank calls it."""
         if self.pm.is_main and sys.stdout.isatty():
             print()  # training's line stays
+        try:
+            self._write(model, name)
+        except (OSError, ValueError) as error:  # on all ranks alike; training goes on
+            if self.pm.is_main:
+                print(f"{name} is not written: {error}", flush=True)
+
+    def _write(self, model, name):
         shift, group = self.snapshot.shift if self.snapshot else 4.0, self.pm.sp_group
         noise = torch.randn((1, *self.shape), generator=seeded("sample", 0, 0)).to(self.pm.device)
         rules = dict(steps=self.args.steps, shift=shift, guidance=self.args.guidance, group=group)
         latents = sample(model, noise, [self.text], self.pooled[None], **rules)[0]
-        if not latents.isfinite().all():  # on all ranks alike
-            if self.pm.is_main:
-                print(f"{name} is not written: it has values that are not finite")
-            return
-        pixels = decode(self.snapshot.vae(self.pm.device), latents, group) if self.snapshot else None
+        self.pm.together(partial(check_clip, latents, self.args.prompt[0]))
+        pixels, vae = None, []
+        if self.snapshot:
+            self.pm.together(lambda: vae.append(self.snapshot.vae(self.pm.device)))
+            pixels = decode(vae[0], latents, group)
         clip = Clip(argparse.Namespace(**vars(self.args) | dict(output=name)), 0, self.args.prompt[0], 1, None)
         self.pm.together(lambda: clip.write(latents.cpu(), pixels, draw=False) if self.pm.is_main else None)
 
@@ -488,7 +496,9 @@ class Preview:
 class Clip:
     """One clip to be: its prompt, its number, the flags that decide what is in it, its files."""
 
-    OUTSIDE = "output embeds prompt prompts dp sp shard device compile attention profile debug export naming score"
+    OUTSIDE = (
+        "output embeds prompt prompts dp sp shard device compile attention timeout profile debug export naming score"
+    )
 
     def __init__(self, args, n, prompt, count, shared):
         self.prompt, self.n, self.frames = prompt, n, args.frames
@@ -724,7 +734,7 @@ class Snapshot:
     """
 
     PARTS = "transformer vae scheduler".split()
-    ENCODERS = "text_encoder text_encoder_2 tokenizer tokenizer_2".split()
+    ENCODERS = "text_encoder text_encoder_2 tokenizer tokenizer_2".split()  # and image_processor, where there is one
 
     def __init__(self, args):
         self.folder = Path(args.model)
@@ -747,7 +757,7 @@ class Snapshot:
 
     def files(self):
         """All files but the DiT's weights."""
-        parts = [self.folder / part for part in (*self.PARTS[1:], *self.ENCODERS)]
+        parts = [self.folder / part for part in (*self.PARTS[1:], *self.ENCODERS, "image_processor")]
         return [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
 
     @staticmethod
@@ -757,9 +767,9 @@ class Snapshot:
         try:
             image = ImageOps.exif_transpose(Image.open(file))  # a phone's picture lies on its side
         except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"--image {file} is not an image: {error}") from None
+            raise ValueError(f"{file} is not an image: {error}") from None
         if image.mode[0] in "IF":
-            raise ValueError(f"--image {file} has 16 or 32 bits a channel (mode {image.mode}): save it with 8")
+            raise ValueError(f"{file} has 16 or 32 bits a channel (mode {image.mode}): save it with 8")
         return image.convert("RGB")
 
     def encode(self, pm, args, prompts, mine):
@@ -917,7 +927,7 @@ def encode(pm, snapshot, args):
     encoders, vae = tools
     kind = snapshot.config.image_condition_type
     made_by = dict(size=[args.height, args.width, args.frames, args.no_buckets])
-    made_by |= dict(encoders=[_fingerprint(file) for file in snapshot.files()])
+    made_by |= dict(kind=kind, encoders=[_fingerprint(file) for file in snapshot.files()])
     pm.on_main(lambda: out.mkdir(parents=True, exist_ok=True))
     text = ("text", "pooled")
     if not kind:
@@ -926,8 +936,8 @@ def encode(pm, snapshot, args):
 
     def one(file, caption):
         """ "made", "there", or why it is skipped."""
+        target = out / f"{file.name}.safetensors"
         try:
-            target = out / f"{file.name}.safetensors"
             told = json.dumps(made_by | dict(file=checksum(file), caption=caption), sort_keys=True)
             if was_made_by(target, told):
                 return "there"
@@ -941,8 +951,9 @@ def encode(pm, snapshot, args):
                 sample |= dict(zip(("empty_text", "empty_pooled"), encoders("", first)))
             if not all(x.isfinite().all() for x in sample.values()):
                 raise ValueError("its latents or text are not finite")
-        except ValueError as error:
-            return f"skipping {file}: {error}"
+        except (ValueError, OSError) as error:
+            older = f" ({target}, made before, stays)" if target.exists() else ""
+            return f"skipping {file}: {error}{older}"
         sample = {name: x.cpu().contiguous() for name, x in sample.items()}
         replace_file(target, safetensors.torch.save(sample, dict(format="pt", made_by=told)))
         return "made"

@@ -906,6 +906,18 @@ def check_what_a_checkpoint_can_hold(pm, folder):
     replicas.load(replicas.find()[0], *other)
     assert equal(*([p.full_tensor() for p in m.parameters()] for m, _ in (alone, other)))
 
+    # in files of some bytes, beside training or not: what is saved is what was there when `save` returned
+    kept = [p.full_tensor() for p in model.parameters()]
+    for step in (5, 6):
+        with mock.patch.object(comm, "FILE_BYTES", 8):
+            checkpoints.save(step, model, optimizer, {}, copy=step == 5)
+        train_one(model, optimizer, both=True)
+        checkpoints.finish()
+        assert len(checkpoints.find()[1]["files"]) > 2 * pm.world_size
+        checkpoints.load(checkpoints.find()[0], model, optimizer)
+        assert equal([p.full_tensor() for p in model.parameters()], kept)
+        pm.on_main(partial(comm.remove, checkpoints.find()[0]))
+
     counting = Counting(model.parameters(), 0.1)
     train_one(model, counting, both=True)
     with pytest.raises(ValueError, match="state.a.weight.count is of type float: only tensors are saved"):
@@ -3052,7 +3064,7 @@ def test_two_nodes(tmp_path, kills=1, steps=12):
         nodes = [python("train_min.py", *flags, "--device", "cpu", "--out", run, agent=agent, out=tmp_path / "printed") for _ in "12"]  # fmt: skip
     for n in range(kills):
         done = steps_done(run)
-        wait_for(lambda done=done: steps_done(run) >= max(4, done + 3))
+        wait_for(lambda done=done: steps_done(run) >= max(4, done + 3) and list(run.glob("step-*")))
         os.kill(workers_of(nodes[n % 2])[0], signal.SIGKILL)
         time.sleep(2)
     codes, printed = [node.wait(timeout=300) for node in nodes], (tmp_path / "printed").read_text()

@@ -75,7 +75,7 @@ def parse(argv=None):
     flag("--caption_drop", type=float, default=0.1, help="chance of training a sample without its text")
     flag("--lora", type=int, help="train a LoRA of this rank, the weights frozen; written to --out/lora.safetensors")
     flag("--lora_alpha", type=float, help="its update is alpha / rank times B A (default: the rank)")
-    flag("--ema", type=float, default=0.0, help="decay of an average of what is trained, to be used (default 0: none)")
+    flag("--ema", type=float, default=0.0, help="use an average over some 1 / (1 - this) steps (default 0: none)")
     flag("--validate_every", type=int, default=0, help="steps between losses on samples held out (default 0: none)")
     flag("--validate", type=float, default=0.05, help="share of the samples that is held out then, at least one")
     flag("--sample_prompt", help="a clip of it at each validation, from the same noise: --out/sample-STEP.mp4 or .gif")
@@ -87,7 +87,6 @@ def parse(argv=None):
     flag("--keep", type=int, default=3, help="checkpoints of this run that stay (0: all)")
     resume = dict(nargs="?", const="yes", choices=("yes", "auto"))
     flag("--resume", **resume, help="go on from the newest checkpoint in --out, on any layout; auto: or start anew")
-    flag("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
     flag("--tensorboard", action="store_true", help="the figures of log.jsonl for TensorBoard too, if it is installed")
     flag("--plan", action="store_true", help="print what --dp x --sp GPUs would need for these flags, and do nothing")
     flag("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
@@ -115,9 +114,12 @@ def add_common_flags(p):
     flag("--dtype", choices=("float32", "bfloat16"), help="compute (default: bfloat16 on GPUs, float32 on CPUs)")
     flag("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
     flag("--compile", action="store_true", help="torch.compile both sides of each block's attention")
-    flag("--height", type=int, default=256, help="of the video, for models over VAE latents (--model: 720)")
-    flag("--width", type=int, default=256, help="of the video (--model: 1280)")
-    flag("--frames", type=int, default=17, help="of the video, 4k+1 (--model: 129)")
+    flag(
+        "--height", type=int, default=256, help="of the video, for models over VAE latents (sampling with --model: 720)"
+    )
+    flag("--width", type=int, default=256, help="of the video (sampling with --model: 1280)")
+    flag("--frames", type=int, default=17, help="of the video, 4k+1 (sampling with --model: 129)")
+    flag("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
     flag("--profile", action="store_true", help="Chrome traces of the last step, trace-RANK.json.gz, by the output")
     flag("--debug", action="store_true", help="show the traceback of an error")
 
@@ -142,38 +144,43 @@ def train(args):
 
     # who am I; which samples are mine; where did we stop
     pm = ParallelManager(args.dp, args.sp, args.device, args.timeout)
-    batch_size = args.batch or (16 if args.config == "tiny" else pm.dp_size * args.accumulation)
-    facts = dict(torch=torch.__version__, data=data.fingerprint(), weight_files=weights)
+    facts = dict(torch=torch.__version__, device_type=pm.device.type, data=data.fingerprint(), weight_files=weights)
     pm.check_equal(vars(args) | facts)
-    kinds = dict(shapes=data.shapes, names=data.names)  # a step takes samples of one shape
-    sampler = DPSPBatchSampler(len(data), batch_size, pm.dp_rank, pm.dp_size, args.accumulation, args.seed, **kinds)
-    checkpoints, signals = Checkpoints(pm, args.out), catch_signals()
+    signals = catch_signals()
+    checkpoints = Checkpoints(pm, args.out)
     checkpoints.claim()
-    path, state = find_start(checkpoints, args)
+    path, state = find_start(
+        checkpoints, args
+    )  # state: the checkpoint's manifest, of which a new run has the tag alone
+    args.batch = args.batch or state.get("batch") or default_batch(args, pm.dp_size)
+    kinds = dict(shapes=data.shapes, names=data.names)  # a step takes samples of one shape
+    sampler = DPSPBatchSampler(len(data), args.batch, pm.dp_rank, pm.dp_size, args.accumulation, args.seed, **kinds)
+    trained = what_is_trained(args, weights, held)
     if path:
-        check_same(config, what_is_trained(args, weights), state, path)
+        check_same(config, trained, state, path)
         sampler.load_state_dict(state["sampler"])
+        tell_changes(pm, args, state)
     preview = build_preview(config, pm, args, data)  # its text encoders are gone before the model comes
     model, optimizer, average = build_model(config, pm, args, checkpoints, path)
     stream = batches(data, sampler, pm, args)
     start = step = saved = state.get("step", 0)
-    save_every, skipped = args.save_every or (0 if is_benchmark(args) else args.steps), 0
+    save_every, skipped = args.save_every or (0 if is_benchmark(args) else args.steps), 0  # steps skipped in a row
     traces = f"{args.out}/trace" if args.profile else None
     clock = Clock(pm, args.steps - start, traces, profiled=args.profile or is_benchmark(args))
-    progress = Progress(pm, model, data, batch_size, args, start)
+    progress = Progress(pm, model, data, args, start)
     rules = dict(checkpointing=args.checkpointing, offload="activations" in args.offload)
 
-    while step < args.steps:
+    stop = pm.sum(float(signals["stop"])).item()  # while all that was built
+    while step < args.steps and not stop:
         clock.start()
         micro_batches = [next(stream) for _ in range(sampler.micro_batches)]
-        if step < 3 or step % CHECK_EVERY == 0:
+        if step - start < 3 or step % CHECK_EVERY == 0:
             check_samples(pm, micro_batches, step)
         # the loss is a mean over the tokens of all dp ranks and micro-batches, not a mean of means
         count = pm.sum(sum(count_tokens(b, config) for b in micro_batches), pm.dp_group).item()
         loss = torch.zeros((), device=pm.device)
         for n, batch in enumerate(micro_batches):
-            batch = to_device(batch, pm.device)
-            local = flow_loss(model, batch, args.guidance, pm.sp_group, **rules) / count
+            local = flow_loss(model, to_device(batch, pm.device), args.guidance, pm.sp_group, **rules) / count
             # the gradient rule: the sum over ranks of these is the mean over all tokens of the step
             pm.backward(model, local, last=n == len(micro_batches) - 1)
             loss += local.detach()
@@ -192,11 +199,12 @@ def train(args):
         flops = pm.sum(sum(batch_flops(config, b, frozen=args.lora) for b in micro_batches), pm.dp_group).item()
         clock.stop(count, flops)
         more = {} if finite else dict(not_finite=name_odd_samples(pm, micro_batches, data))
-        if held and (step % args.validate_every == 0 or step == args.steps):
+        if held and not stop and (step % args.validate_every == 0 or step == args.steps):
             with average.used():
-                more |= dict(validation_loss=validate(model, held, batch_size, pm, args))
-                if preview and not stop:
+                more |= dict(validation_loss=validate(model, held, pm, args))
+                if preview:
                     preview.write(model, f"{args.out}/sample-{step}")
+            stop = pm.sum(float(signals["stop"])).item()  # that took a while
         progress.step(step, loss, norm, lr, clock, skipped=not finite, more=more)
 
         skipped = 0 if finite else skipped + 1
@@ -208,18 +216,16 @@ def train(args):
             )
         if ready == pm.world_size:
             checkpoints.finish()
-        signals["save"] &= not save
-        due = save_every and (step % save_every == 0 or step == args.steps)
-        if due or save or stop:
-            extra = dict(config=asdict(config), args=vars(args), layout=[pm.dp_size, pm.sp_size])
-            extra |= what_is_trained(args, weights) | dict(sampler=sampler.state_dict())
-            checkpoints.save(step, model, optimizer, extra, state["tag"], args.keep, average.values)
+        signals["save"] &= not save  # this save answers all that have asked by now
+        if save or save_every and (stop or step % save_every == 0 or step == args.steps):
+            extra = dict(config=asdict(config), args=vars(args), layout=[pm.dp_size, pm.sp_size], batch=args.batch)
+            extra |= trained | dict(sampler=sampler.state_dict())
+            rest = dict(more=average.values, copy="weights" not in args.offload)
+            checkpoints.save(step, model, optimizer, extra, state["tag"], args.keep, **rest)
             if args.lora:
                 with average.used():
                     pm.together(partial(save_lora, model, f"{args.out}/lora.safetensors"))
             saved = step
-        if stop:
-            break
     checkpoints.finish()
     if step >= args.steps:  # the next run under the same rendezvous id is another one
         pm.on_main(lambda: replace_file(Path(args.out) / "run.json", json.dumps(dict(run=state["tag"], done=True))))
@@ -242,7 +248,7 @@ def check_args(args, config):
     check_flags(args, "seed", 0, 2**62)
     check_flags(args, "guidance", 0.0)
     check_flags(args, "ema", 0.0, 0.999999)
-    if args.model and not args.data:
+    if args.model and not (args.data or args.plan):
         raise ValueError("--model needs --data, a folder that infer_min.py --encode has written")
     if args.lora and not (args.weights or args.model or is_benchmark(args)):
         raise ValueError("--lora changes weights that are there: give --model or --weights")
@@ -259,6 +265,10 @@ def check_args(args, config):
     if args.model:
         args.weights = args.weights or f"{args.model}/transformer"
         args.shift = args.shift or scheduler_shift(args.model)
+
+
+def default_batch(args, dp):
+    return 16 if args.config == "tiny" else dp * args.accumulation
 
 
 def is_benchmark(args):
@@ -327,9 +337,10 @@ def build_model(config, pm, args, checkpoints, path):
     pm.shard(model, model.blocks, half, args.shard_size, offload="weights" in args.offload)
     if "weights" in args.offload and pm.device.type == "cuda":  # AdamW then runs on CPUs, and torchrun gives a rank one
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if args.weights and (args.lora or not path):
-        load_weights(model, args.weights)
-    if not path:
+    # a checkpoint, loaded last, holds all that is trained: of a LoRA not the frozen weights
+    if args.lora or not path:
+        if args.weights:
+            load_weights(model, args.weights)
         init_weights(model, args.seed, "lora_" if args.weights else "", pm.device)
     if args.compile:
         model.compile_blocks()
@@ -342,12 +353,13 @@ def build_model(config, pm, args, checkpoints, path):
 
 
 def build_preview(config, pm, args, data):
-    """What makes the clips of --sample_prompt, of the first sample's shape; None without it."""
+    """What makes the clips of --sample_prompt, of the largest sample's shape; None without it."""
     if args.sample_prompt is None:
         return None
     from infer_min import Preview  # it imports this file
 
-    return Preview(pm, config, data[0][1].shape, args.sample_prompt, args.model)
+    shape = max(data.shapes, key=math.prod) if data.shapes else data[0][1].shape
+    return Preview(pm, config, shape, args.sample_prompt, args.model)
 
 
 class Average:
@@ -397,20 +409,24 @@ def plan(config, args):
     largest = max(([*block.parameters()] for block in model.blocks), key=lambda own: sum(p.numel() for p in own))
     gathered = sum(2 * 2 * p.numel() + 4 * p.numel() * p.requires_grad for p in largest)  # the next block too
 
-    _, *grid = latent_shape(config, args.height, args.width, args.frames)
-    video, samples = math.prod(grid) // math.prod(config.patch_size), -(-(args.batch or 1) // (dp * args.accumulation))
-    tokens = samples * -(-(video + 60) // args.sp)
+    data = build_data(config, args)
+    largest_sample = max(data.shapes or [data[0][1].shape], key=math.prod)
+    video, batch = math.prod(largest_sample[1:]) // math.prod(config.patch_size), args.batch or default_batch(args, dp)
+    tokens = -(-batch // (dp * args.accumulation)) * -(-(video + 60) // args.sp)
     activation = 2 * config.hidden_size * tokens
-    told = dict(weights=(4 * trained + 2 * frozen) / shard, optimizer=8 * trained / shard)
+    averaged = 4 * trained / shard * (args.ema > 0)
+    told = dict(weights=(4 * trained + 2 * frozen) / shard + averaged, optimizer=8 * trained / shard)
     told |= dict(gradients=4 * trained / (shard if args.accumulation == 1 else 1))
-    told |= dict(kept=len(model.blocks) * (kept * activation + 4 * config.num_heads * tokens), host=0)
+    told |= dict(kept=len(model.blocks) * (kept * activation + 4 * config.num_heads * tokens))
     told |= dict(working=working * activation + gathered)
+    # a save copies what is trained to the host, and writes beside training
+    told["host"] = 0 if is_benchmark(args) else 12 * trained / shard + averaged
+    if "weights" in args.offload:  # a trained one with its gradient, and two averages that are not pinned
+        told |= dict(weights=0, optimizer=0, gradients=0, host=averaged)  # a save makes no copy
+        for n, trains in params:
+            told["host"] += 2 * pinned(4 * n / shard) + 8 * n / shard if trains else pinned(2 * n / shard)
     if "activations" in args.offload:
         told["host"] += len(model.blocks) * pinned(activation)
-    if "weights" in args.offload:
-        told |= dict(weights=0, optimizer=0, gradients=0)
-        for n, trains in params:  # a trained one with its gradient, and two averages that are not pinned
-            told["host"] += 2 * pinned(4 * n / shard) + 8 * n / shard if trains else pinned(2 * n / shard)
     # the kept activations go as the gradients come
     told["all"] = told["weights"] + told["optimizer"] + max(told["kept"], told["gradients"]) + told["working"]
     return {name: round(value / 2**30, 1) for name, value in told.items()}
@@ -451,27 +467,36 @@ def find_start(checkpoints, args):
     try:
         if name or args.resume:
             path, state = checkpoints.find(name)
-    except FileNotFoundError as error:
-        if not name and (args.resume != "auto" or "no whole checkpoint" in str(error)):
+    except FileNotFoundError as error:  # fine where there was nothing to go on from
+        if "no whole checkpoint" in str(error) or not name and args.resume != "auto":
             raise
     pm.on_main(lambda: replace_file(file, json.dumps(dict(run=state["tag"], launch=launch))))
     return path, state
 
 
-def what_is_trained(args, weights):
+def what_is_trained(args, weights, held):
     """Beside the config. The frozen weights belong to a LoRA's checkpoint, which does not hold them."""
     lora = [args.lora, args.lora_alpha or args.lora, weights] if args.lora else None
-    return dict(lora=lora, ema=args.ema > 0)
+    return dict(lora=lora, ema=args.ema > 0, held_out=len(held or ()))
 
 
 def check_same(config, trained, state, path):
     """ValueError with what differs from what a checkpoint was trained with."""
-    new = dict(image_condition_type=None, lora=None, ema=False)  # checkpoints from before there were these
+    new = dict(image_condition_type=None, lora=None, ema=False, held_out=trained["held_out"])  # an older checkpoint's
     was = new | state["config"] | {name: state[name] for name in trained if name in state}
     now = json.loads(json.dumps(asdict(config) | trained))
     if wrong := [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]:
         told = "; ".join(f"{name}: {was.get(name)} there, {now.get(name)} here" for name in wrong)
         raise ValueError(f"{path} is of another model: {told}")
+
+
+def tell_changes(pm, args, state):
+    """What a resumed run does otherwise than before. Layout and length may change; what else does is said."""
+    names = "batch lr warmup clip shift guidance caption_drop ema seed dtype data weights".split()
+    was = state["args"] | dict(batch=state.get("batch", args.batch))
+    changed = [f"--{n} {getattr(args, n)} (was {was[n]})" for n in names if n in was and was[n] != getattr(args, n)]
+    if changed and pm.is_main:
+        print(f"other than before: {', '.join(changed)}", flush=True)
 
 
 def check_samples(pm, micro_batches, step):
@@ -490,7 +515,8 @@ def name_odd_samples(pm, micro_batches, data):
     """The names of a step's samples that hold a value that is not finite, on any rank."""
 
     def odd():
-        rows = [row for b in micro_batches for row in zip(*(b[n] for n in ("samples", "target", "text", "pooled")))]
+        parts = ("samples", "target", "text", "pooled", "image")
+        rows = [row for b in micro_batches for row in zip(*(b[name] for name in parts if name in b))]
         return [data.name(int(i)) for i, *parts in rows if not all(part.isfinite().all() for part in parts)]
 
     return sorted({name for names in pm.together(odd) for name in names})
@@ -532,17 +558,17 @@ def batch_flops(config, batch, frozen):
     return batch["weight"].sum().item() * forward_flops(config, video, text, 2 if frozen else 3, 3)
 
 
-def collate(items, seed, shift, caption_drop, sigma=None):
+def collate(items, seed, shift, caption_drop, fixed_sigma=None):
     """Items -> one batch, noise included: it is a function of (seed, epoch, sample), so resume is exact on any layout.
 
-    sigma: this noise level for all, else each its own.
+    fixed_sigma: this noise level for all, else each its own.
     """
-    rows, images, given = [], [], sigma
+    rows, images = [], []
     for index, clip, text, pooled, *more in items:
         generator = seeded("flow", seed, getattr(index, "epoch", 0), int(index))
         noise = torch.randn(clip.shape, generator=generator)
         sigma = shift_sigma(torch.randn((), generator=generator).sigmoid(), shift)
-        sigma = sigma if given is None else torch.tensor(given)
+        sigma = sigma if fixed_sigma is None else torch.tensor(fixed_sigma)
         image, empty = more or (None, None)
         if torch.rand((), generator=generator) < caption_drop:
             text, pooled = empty or (torch.zeros_like(text[:1]), torch.zeros_like(pooled))
@@ -569,14 +595,14 @@ def to_device(batch, device):
 
 
 @torch.no_grad()
-def validate(model, held, batch_size, pm, args):
+def validate(model, held, pm, args):
     """The mean flow loss over the samples held out, each at four noise levels with the same noise every time: far quieter
     than the training loss, and the same on any layout. A batch is as large as a micro-batch of training."""
     total, count = torch.zeros((), device=pm.device), 0.0
-    size = pm.dp_size * -(-batch_size // (pm.dp_size * args.accumulation))
+    size = pm.dp_size * -(-args.batch // (pm.dp_size * args.accumulation))
     for sigma in (0.2, 0.4, 0.6, 0.8):
         sampler = DPSPBatchSampler(len(held), size, pm.dp_rank, pm.dp_size, shapes=held.shapes, names=held.names)
-        rules = partial(collate, seed=0, shift=1.0, caption_drop=0.0, sigma=sigma)
+        rules = partial(collate, seed=0, shift=1.0, caption_drop=0.0, fixed_sigma=sigma)
         for batch in DataLoader(held, batch_sampler=sampler, collate_fn=rules):
             batch = to_device(batch, pm.device)
             total += flow_loss(model, batch, args.guidance, pm.sp_group)
@@ -725,7 +751,7 @@ class Made:
 class RandomLatents(Made):
     """Noise of the right shape, and texts of 60 tokens: what a benchmark needs."""
 
-    def __init__(self, config, shape, length=64):
+    def __init__(self, config, shape, length=4096):
         self.config, self.shape, self.length = config, shape, length
 
     def __getitem__(self, i):
@@ -814,20 +840,26 @@ class Shapes(Made):
 class Progress:
     """One line that updates in place, one JSON line a step in log.jsonl, and a curve at the end. Only rank 0 speaks."""
 
-    def __init__(self, pm, model, data, batch_size, args, start):
-        self.pm, self.args, self.losses, self.skipped = pm, args, [], 0
+    def __init__(self, pm, model, data, args, start):
+        self.pm, self.args, self.start, self.losses, self.skipped = pm, args, start, [], 0
         if pm.is_main:
             nothing = f" of {args.steps}: nothing to do" if start >= args.steps else ""
             print(
                 f"{sum(p.numel() for p in model.parameters()):,} parameters on {pm.world_size} x {pm.device.type} = "
-                f"dp {pm.dp_size} x sp {pm.sp_size}, {len(data)} samples, global batch {batch_size}, from step {start}{nothing}",
+                f"dp {pm.dp_size} x sp {pm.sp_size}, {len(data)} samples, global batch {args.batch}, from step {start}{nothing}",
                 flush=True,
             )
             path = Path(args.out) / "log.jsonl"
-            lines = path.read_text(errors="replace").splitlines(True) if start and path.exists() else []
+            lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
+            if lines and not start:
+                os.replace(path, path.with_name("log-before.jsonl"))
+                print(
+                    f"{args.out} has an earlier run, which --resume would go on with: its log is log-before.jsonl now"
+                )
+                lines = []
             # steps after the one resumed from are taken again; a line that is none is dropped
             replace_file(path, "".join(x for x in lines if x.endswith("\n") and 0 < step_of(x) <= start))
-            self.log, self.board = open(path, "a"), tensorboard(args.out) if args.tensorboard else None
+            self.log, self.board = open(path, "a"), tensorboard(args.out, start) if args.tensorboard else None
 
     def step(self, step, loss, norm, lr, clock, skipped, more):
         """more: what else goes into the step's line of log.jsonl."""
@@ -839,11 +871,16 @@ class Progress:
         entry = dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped) | speed | more
         # NaN is no JSON
         entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        self.log.write(json.dumps(entry) + "\n")
-        self.log.flush()
-        for name, value in entry.items() if self.board else ():
-            if type(value) is float:
-                self.board.add_scalar(name, value, step)
+        try:
+            self.log.write(json.dumps(entry) + "\n")
+            self.log.flush()
+            for name, value in entry.items() if self.board else ():
+                if type(value) in (int, float):
+                    self.board.add_scalar(name, value, step)
+            if self.board:
+                self.board.flush()
+        except OSError as error:  # it is no reason to stop
+            self.say(f"step {step} could not be logged: {error}")
         recent = [loss for loss in self.losses if math.isfinite(loss)][-20:] or [math.nan]
         left = (steps - step) * sum(clock.seconds) / len(self.losses)
         mfu = f" · MFU {100 * speed['mfu']:.1f} %" if "mfu" in speed else ""
@@ -853,23 +890,27 @@ class Progress:
             f"{speed['peak_gib']:.1f} GiB · {printed_time(left)} left"
         )
         if "validation_loss" in more:
-            print(f"step {step}: loss {more['validation_loss']:.5f} on the samples held out", flush=True)
+            self.say(f"step {step}: loss {more['validation_loss']:.5f} on the samples held out")
         for name in more.get("not_finite", ()):
-            print(f"step {step} is skipped: {name} has values that are not finite", flush=True)
+            self.say(f"step {step} is skipped: {name} has values that are not finite")
         if seconds > 20 and len(self.losses) == 3:
-            print(
+            self.say(
                 f"a step takes {seconds:.0f} s, and torchrun kills 30 s after a SIGTERM: start it with --shutdown-timeout "
-                f"{60 + 3 * seconds:.0f} (torch 2.13 and newer), so that a stop is saved",
-                flush=True,
+                f"{60 + 3 * seconds:.0f} (torch 2.13 and newer), so that a stop is saved"
             )
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="\n" if step == steps else "", flush=True)
         elif step % max(1, steps // 20) == 0 or step == steps or len(self.losses) == 1:
             print(line, flush=True)
 
+    @staticmethod
+    def say(text):
+        """In place of the line that updates, which comes again below."""
+        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
+
     def end(self, clock, step, saved):
         """The curve, the speed as one JSON line, and what was saved. ValueError if nothing was learned."""
-        if self.skipped == len(self.losses) > 0:
+        if self.skipped == len(self.losses) > 0 == self.start:
             raise ValueError(f"none of {self.skipped} steps had a finite loss and gradient: nothing was learned")
         if not self.pm.is_main:
             return
@@ -884,10 +925,10 @@ class Progress:
             print('now: torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"')
 
 
-def tensorboard(folder):
+def tensorboard(folder, start):
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(folder)
+    return SummaryWriter(folder, purge_step=start + 1)  # steps that are taken again
 
 
 def printed_time(seconds):
@@ -956,6 +997,7 @@ class Clock:
         """A step of so many tokens and FLOPs, over all ranks, is over."""
         self.seconds.append(self.now() - self.began)
         self.work.append((tokens, flops))
+        self.peak = torch.cuda.max_memory_allocated() if self.pm.device.type == "cuda" else 0
         if self.profiler and len(self.seconds) == self.steps:
             self.profiler.stop()
             events = [e for e in self.profiler.events() if not e.is_user_annotation]
@@ -975,7 +1017,7 @@ class Clock:
         name = torch.cuda.get_device_name(self.pm.device)
         if peak := next((peak for gpu, peak in self.PEAK_TFLOPS.items() if gpu in name), None):
             told |= dict(mfu=round(tflops / peak, 4))
-        memory = dict(peak_gib=torch.cuda.max_memory_allocated(), resident_gib=torch.cuda.memory_allocated())
+        memory = dict(peak_gib=self.peak, resident_gib=torch.cuda.memory_allocated())
         return told | {name: round(value / 2**30, 2) for name, value in memory.items()}
 
     def report(self):
@@ -1037,7 +1079,11 @@ def ignore_signals(_):
 
 if __name__ == "__main__":
     args = parse()
-    if args.plan:
-        print(json.dumps(plan(get_config(args), args)))
-    else:
+    if not args.plan:
         run(partial(train, args), args.out, args.debug)
+    try:
+        config = get_config(args)
+        check_args(args, config)
+        print(json.dumps(plan(config, args)))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
