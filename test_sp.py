@@ -857,6 +857,20 @@ def check_a_damaged_checkpoint_is_never_loaded(pm, folder):
     ]
     assert checkpoints.find("b")[0].name == "step-4"
 
+    # a job that is restarted goes on with its own, ends where that is damaged, and starts anew where it never saved
+    def restarted(run):
+        pm.on_main(lambda: (folder / "run.json").write_text(json.dumps(dict(run=run, launch="job"))))
+        with mock.patch.dict(os.environ, TORCHELASTIC_RUN_ID="job"), contextlib.redirect_stderr(io.StringIO()):
+            return train_min.find_start(checkpoints, types.SimpleNamespace(out=folder, resume=None))
+
+    assert restarted("b")[0].name == "step-4"
+    file = next(iter(checkpoints.find("b")[1]["files"]))
+    pm.on_main(lambda: (folder / "step-4" / file).unlink())
+    with pytest.raises(FileNotFoundError, match=f"no whole checkpoint in .*{file} is missing"):
+        restarted("b")
+    pm.on_main(lambda: (folder / "step-6" / "manifest.json").unlink())  # whose it was, nobody knows
+    assert restarted("c") == (None, dict(tag="c"))
+
 
 class HalfUsed(torch.nn.Module):
     """Of its two layers one is used, or both."""
@@ -2573,6 +2587,10 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
         train_min.Folder.EMPTY,
     }
     close(load_file(out / "a.mp4.safetensors")["latents"], encoded(pixels[:9]), 1e-5)
+    (videos / "fast.mkv").write_bytes(b"none")
+    ((code, printed),) = fork("infer", *flags, out=tmp_path)
+    assert code == 0 and "4 were there, 3 skipped" in printed, printed
+    assert re.search(r"skipping .*fast.mkv: it is not a video.*\(.*fast.mkv.safetensors, made before, stays\)", printed)
 
     run = (
         f"--model {snapshot} --data {out} --lora 2 --steps 3 --batch 2 --lr 1e-2 --caption_drop 0.5 --workers 0".split()
@@ -2924,6 +2942,22 @@ def test_no_screen_and_odd_side_files_end_nothing(tmp_path):
     )
     assert code == 0 and [entry["step"] for entry in losses(tmp_path / "run")] == [1, 2, 3, 4, 5], printed
     assert "step 5/5 ? loss" in printed, printed
+
+
+def test_a_resumed_run_says_what_is_other_than_before(tmp_path):
+    """It keeps its global batch, and a new run in its folder leaves its log."""
+    flags, before = ["--blocks", "1,1", "--out", tmp_path / "run"], tmp_path / "run/log-before.jsonl"
+    ((code, printed),) = fork("train", *flags, "--steps", 1, "--batch", 3, out=tmp_path)
+    assert code == 0 and "global batch 3" in printed and not before.exists(), printed
+    ((code, printed),) = fork("train", *flags, "--steps", 2, "--resume", out=tmp_path)
+    assert code == 0 and "global batch 3" in printed and "other than before" not in printed, printed
+    more = ["--steps", 3, "--batch", 2, "--lr", 0.5, "--resume"]
+    ((code, printed),) = fork("train", *flags, *more, out=tmp_path)
+    assert code == 0 and "other than before: --batch 2 (was 3), --lr 0.5 (was 0.002)\n" in printed, printed
+    old = (tmp_path / "run/log.jsonl").read_text()
+    ((code, printed),) = fork("train", *flags, "--steps", 1, "--batch", 2, out=tmp_path)
+    assert code == 0 and before.read_text() == old and len(losses(tmp_path / "run")) == 1, printed
+    assert "has an earlier run, which --resume would go on with" in printed, printed
 
 
 def test_a_process_that_loads_data_ends_in_one_sentence(tmp_path):
