@@ -660,7 +660,9 @@ def run(main, folder, debug=False):
             traceback.print_exc()
         print(f"error: {told}\n", end="", file=sys.stderr, flush=True)  # in one piece, as other ranks print beside it
         _to_launcher(told)
-        if dist.is_initialized() and not lost:
+        if not dist.is_initialized():
+            time.sleep(0.5)  # others say the same; torchrun ends them as soon as one is gone
+        elif not lost:
             _say_and_wait("leaving", 5.0)  # others find the same fault soon; without rank 0 they would find another one
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
         if restarts and isinstance(error, ValueError | FileNotFoundError):

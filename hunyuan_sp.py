@@ -23,6 +23,7 @@ Source of all formulas: HunyuanVideo, arXiv:2412.03603. Parameter names are the 
 
 import json
 import math
+import os
 import re
 import zipfile
 import zlib
@@ -1109,6 +1110,8 @@ def write_safetensors(tensors, file):
     """OSError where it can't be written."""
     try:
         save_file(tensors, file, metadata=dict(format="pt"))
+        os.umask(umask := os.umask(0))
+        os.chmod(file, 0o666 & ~umask)  # the library lets nobody else read it
     except SafetensorError as error:  # a full disk
         raise OSError(f"{file} could not be written: {error}") from None
 

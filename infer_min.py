@@ -92,7 +92,7 @@ def parse(argv=None):
     flag("--encode", help="a folder of videos and images with captions: each becomes a sample to train on, in --output")
     flag("--no_buckets", action="store_true", help="all of --height and --width, not of the shape nearest to their own")
     flag("--lora", action="append", help="FILE[:STRENGTH] to add to the weights; may be given several times")
-    flag("--export", help="write the weights to this folder instead of sampling")
+    flag("--export", help="write the weights, in bfloat16, to this folder instead of sampling")
     flag("--naming", choices=NAMINGS, default="original", help="of --export")
     add_common_flags(p)
     args = p.parse_args(argv)
@@ -349,10 +349,7 @@ def _lines(file):
     """The lines of a text file that hold something."""
     if not file:
         return []
-    try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {file} is not a text file: {error}") from None
+    lines = [line.strip() for line in read_utf8(Path(file)).split("\n")]
     if not any(lines):
         raise ValueError(f"--prompts {file} is empty")
     return [line for line in lines if line]
@@ -935,8 +932,9 @@ def encode(pm, snapshot, args):
         pm.on_main(lambda: replace_file(out / Folder.EMPTY, empty))
 
     def one(file, caption):
-        """ "made", "there", or why it is skipped."""
+        """ "made", "replaced", "there", or why it is skipped."""
         target = out / f"{file.name}.safetensors"
+        older = target.exists()
         try:
             told = json.dumps(made_by | dict(file=checksum(file), caption=caption), sort_keys=True)
             if was_made_by(target, told):
@@ -952,11 +950,10 @@ def encode(pm, snapshot, args):
             if not all(x.isfinite().all() for x in sample.values()):
                 raise ValueError("its latents or text are not finite")
         except (ValueError, OSError) as error:
-            older = f" ({target}, made before, stays)" if target.exists() else ""
-            return f"skipping {file}: {error}{older}"
+            return f"skipping {file}: {error}{f' ({target}, made before, stays)' * older}"
         sample = {name: x.cpu().contiguous() for name, x in sample.items()}
         replace_file(target, safetensors.torch.save(sample, dict(format="pt", made_by=told)))
-        return "made"
+        return "replaced" if older else "made"
 
     results = []
     for n in range(0, len(found), pm.world_size):
@@ -965,13 +962,15 @@ def encode(pm, snapshot, args):
         if pm.is_main:
             left = (time.perf_counter() - began) / len(results) * (len(found) - len(results))
             for told in results[n:]:
-                if told not in ("made", "there"):
+                if told not in ("made", "replaced", "there"):
                     print(told, flush=True)
             print(f"sample {len(results)} of {len(found)} · {printed_time(left)} left", flush=True)
-    counts = [results.count("made"), results.count("there")]
+    made, replaced, there = (results.count(told) for told in ("made", "replaced", "there"))
     if pm.is_main:
-        print(f"wrote {counts[0]} samples to {out}, {counts[1]} were there, {len(results) - sum(counts)} skipped")
-    if not sum(counts):
+        older = f", {replaced} in place of older ones" * (replaced > 0)
+        skipped = len(results) - made - replaced - there
+        print(f"wrote {made + replaced} samples to {out}{older}, {there} were there, {skipped} skipped")
+    if not made + replaced + there:
         raise ValueError(f"{args.encode} holds nothing that could be encoded")
     return pm
 
@@ -981,23 +980,29 @@ VIDEOS, IMAGES = (".mp4", ".mov", ".webm", ".mkv"), (".png", ".jpg", ".jpeg", ".
 
 def videos_and_captions(folder):
     """[(file, caption or None)] of a folder, by name: of NAME.txt, or of lines {"file": .., "caption": ..} of captions.jsonl."""
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in VIDEOS + IMAGES and file.name[0] != ".")
+    if not folder.is_dir():
+        raise ValueError(f"--encode {folder} is not a folder")
+    files = {file for file in folder.glob("*") if file.suffix.lower() in VIDEOS + IMAGES and file.name[0] != "."}
     if not files:
         raise ValueError(f"--encode {folder} holds no {', '.join(VIDEOS + IMAGES)}")
-    captions = {}
+    captions, table = {}, folder / "captions.jsonl"
+    for n, line in enumerate(read_utf8(table).splitlines() if table.exists() else [], 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+            captions |= {folder / row["file"]: str(row["caption"])} if row else {}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f'{table}, line {n}, is not {{"file": .., "caption": ..}}') from None
+    for file in files:
+        if file.with_suffix(".txt").exists():
+            captions[file] = read_utf8(file.with_suffix(".txt")).strip()
+    return [(file, captions.get(file)) for file in sorted({*files, *captions})]  # what is not there is skipped
+
+
+def read_utf8(file):
     try:
-        if (folder / "captions.jsonl").exists():
-            lines = (folder / "captions.jsonl").read_text(encoding="utf-8-sig").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-            captions = {str(row["file"]): str(row["caption"]) for row in rows}
-        for file in files:
-            if file.with_suffix(".txt").exists():
-                captions[file.name] = file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: the captions can't be read ({error!r})") from None
-    if unknown := sorted(set(captions) - {file.name for file in files}):
-        raise ValueError(f"{folder}/captions.jsonl names {unknown[0]}, which is not there")
-    return [(file, captions.get(file.name)) for file in files]
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not a text file: {error}") from None
 
 
 def read_frames(file, args):

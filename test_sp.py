@@ -2252,6 +2252,7 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("train --lr inf", "--lr inf is not at least 1e-09 and finite"),
     ("train --guidance nan", "--guidance nan is not at least 0.0"),
     ("train --sample_prompt x", "--sample_prompt goes with --validate_every"),
+    ("train --validate 0.1", "--validate goes with --validate_every"),
     ("train --config 13b --validate_every 1 --sample_prompt x", "--sample_prompt is for the toy, or for --model"),
     ("train --seed 12345678901234567890", "--seed 12345678901234567890 is not in 0 .."),
     ("train --data {bad}/masked", "masked/a.safetensors holds text_mask beside latents, text, pooled"),
@@ -2547,6 +2548,7 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     printed = told[0][1]
     counts = re.search(r"wrote (\d) samples to .*, (\d) were there, (\d) skipped", printed).groups()
     assert counts == (str(5 - len(finished)), str(len(finished)), "2") and finished, printed
+    assert "in place of" not in printed
     assert all(file.read_bytes() == data for file, data in finished.items()), "what was finished is made again"
     assert re.search("skipping .*broken.mp4: it is not a video", printed) and "there is no untold.txt" in printed, (
         printed
@@ -2579,7 +2581,9 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     (out / "a.mp4.safetensors").unlink()
     (videos / "short.txt").write_text("a bird")
     ((code, printed),) = fork("infer", *flags, out=tmp_path)
-    assert code == 0 and "wrote 2 samples" in printed and "3 were there, 2 skipped" in printed, printed
+    assert code == 0 and re.search(
+        "wrote 2 samples to .*, 1 in place of older ones, 3 were there, 2 skipped", printed
+    ), printed
     after = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
     assert {name for name in before if before[name] != after[name]} == {
         "a.mp4.safetensors",
@@ -2588,8 +2592,12 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     }
     close(load_file(out / "a.mp4.safetensors")["latents"], encoded(pixels[:9]), 1e-5)
     (videos / "fast.mkv").write_bytes(b"none")
+    with open(videos / "captions.jsonl", "a") as table:
+        table.write(json.dumps(dict(file="gone.mp4", caption="a fox")) + "\n")
     ((code, printed),) = fork("infer", *flags, out=tmp_path)
-    assert code == 0 and "4 were there, 3 skipped" in printed, printed
+    assert code == 0 and "4 were there, 4 skipped" in printed and "skipping " + str(videos / "gone.mp4") in printed, (
+        printed
+    )
     assert re.search(r"skipping .*fast.mkv: it is not a video.*\(.*fast.mkv.safetensors, made before, stays\)", printed)
 
     run = (
@@ -2598,6 +2606,8 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     run += [*"--validate_every 1 --validate 0.2 --sample_prompt".split(), "a cat", "--out", tmp_path / "cat"]
     told = fork("train", *run, ranks=2, out=tmp_path)
     assert [code for code, _ in told] == [0, 0], told
+    os.umask(umask := os.umask(0))
+    assert (tmp_path / "cat/lora.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
     entries = losses(tmp_path / "cat")
     assert len({entry["validation_loss"] for entry in entries}) == 3, entries
     lora, clips = tmp_path / "cat/lora.safetensors", []

@@ -77,7 +77,7 @@ def parse(argv=None):
     flag("--lora_alpha", type=float, help="its update is alpha / rank times B A (default: the rank)")
     flag("--ema", type=float, default=0.0, help="use an average over some 1 / (1 - this) steps (default 0: none)")
     flag("--validate_every", type=int, default=0, help="steps between losses on samples held out (default 0: none)")
-    flag("--validate", type=float, default=0.05, help="share of the samples that is held out then, at least one")
+    flag("--validate", type=float, help="share of the samples that is held out then, at least one (default 0.05)")
     flag("--sample_prompt", help="a clip of it at each validation, from the same noise: --out/sample-STEP.mp4 or .gif")
     flag("--offload", action="append", choices=("weights", "activations"), help="to the host's memory; or twice, both")
     flag("--checkpointing", choices=CHECKPOINTING, help="activations (default: none for tiny, attention else)")
@@ -88,7 +88,7 @@ def parse(argv=None):
     resume = dict(nargs="?", const="yes", choices=("yes", "auto"))
     flag("--resume", **resume, help="go on from the newest checkpoint in --out, on any layout; auto: or start anew")
     flag("--tensorboard", action="store_true", help="the figures of log.jsonl for TensorBoard too, if it is installed")
-    flag("--plan", action="store_true", help="print what --dp x --sp GPUs would need for these flags, and do nothing")
+    flag("--plan", action="store_true", help="print the memory that --dp x --sp GPUs would need, and do nothing")
     flag("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
     flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
     add_common_flags(p)
@@ -256,8 +256,9 @@ def check_args(args, config):
         raise ValueError("--lora_alpha goes with --lora")
     if "activations" in args.offload and args.checkpointing == "none":
         raise ValueError("--offload activations moves what --checkpointing attention or full keeps, and it is none")
-    if args.sample_prompt is not None and not args.validate_every:
-        raise ValueError("--sample_prompt goes with --validate_every")
+    for name in ("validate", "sample_prompt"):
+        if getattr(args, name) is not None and not args.validate_every:
+            raise ValueError(f"--{name} goes with --validate_every")
     if args.sample_prompt is not None and not understood:
         raise ValueError("--sample_prompt is for the toy, or for --model with a text-to-video snapshot")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
@@ -635,9 +636,10 @@ def hold_out(data, args):
     """(what is trained on, what is held out or None): the same samples are held out on any layout and after a resume."""
     if not args.validate_every:
         return data, None
-    held = max(1, round(args.validate * len(data)))
+    share = 0.05 if args.validate is None else args.validate
+    held = max(1, round(share * len(data)))
     if held >= len(data):
-        raise ValueError(f"--validate {args.validate} of {len(data)} samples leaves none to train on")
+        raise ValueError(f"--validate {share} of {len(data)} samples leaves none to train on")
     order = sorted(range(len(data)), key=lambda i: (zlib.crc32(Path(data.name(i)).name.encode()), i))
     return Part(data, sorted(order[held:])), Part(data, sorted(order[:held]))
 
@@ -844,8 +846,9 @@ class Progress:
         self.pm, self.args, self.start, self.losses, self.skipped = pm, args, start, [], 0
         if pm.is_main:
             nothing = f" of {args.steps}: nothing to do" if start >= args.steps else ""
+            total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= kind) for kind in (0, 1))
             print(
-                f"{sum(p.numel() for p in model.parameters()):,} parameters on {pm.world_size} x {pm.device.type} = "
+                f"{total:,} parameters{f', {trained:,} of them trained,' * (trained < total)} on {pm.world_size} x {pm.device.type} = "
                 f"dp {pm.dp_size} x sp {pm.sp_size}, {len(data)} samples, global batch {args.batch}, from step {start}{nothing}",
                 flush=True,
             )
@@ -1057,7 +1060,10 @@ def catch_signals():
     asked, first = dict(save=False, stop=False), []
 
     def stop(number, _):
-        if failed_ranks():  # torchrun clears up after another rank: there will be no next step
+        if failed := failed_ranks():  # torchrun clears up after a rank: there will be no next step
+            if torch.distributed.get_rank() in failed:
+                return  # this one is about to say so
+            os.write(2, f"error: rank {failed[0]} has failed\n".encode())
             os._exit(1)
         if number == signal.SIGINT:
             first.append(time.monotonic())
@@ -1084,6 +1090,7 @@ if __name__ == "__main__":
     try:
         config = get_config(args)
         check_args(args, config)
-        print(json.dumps(plan(config, args)))
+        told = plan(config, args)
+        print(json.dumps(dict(gib_a_gpu=told.pop("all"), host_gib_a_rank=told.pop("host"), of_the_gpu=told)))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
