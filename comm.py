@@ -410,61 +410,57 @@ class Checkpoints:
         copy: the state is copied to the CPU and written beside training; without it this returns when all is written.
         """
         self.finish()
-        manager, final, temporary = self.manager, self.folder / f"step-{step}", self.folder / f"tmp-step-{step}"
-
-        def make_room():
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-
-        manager.on_main(make_room)
+        manager, temporary = self.manager, self.folder / f"tmp-step-{step}"
+        manager.on_main(partial(make_empty, temporary))
         tensors, held, files = _tensors(model, optimizer, more), 0, {}
         for name, tensor in tensors.items():  # each rank builds a file in memory before it writes it
             files[name], held = 1 + held // (FILE_BYTES * manager.world_size), held + tensor.numel() * tensor.itemsize
         writer = dcp.HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
         start = dcp.async_save if copy else _save_at_once
         written = start(tensors, storage_writer=writer, process_group=self.group)
+        self._written = ThreadPoolExecutor(1).submit(self._read_back, written, temporary)
+        manifest = extra | dict(step=step, tag=tag, saved=time.time())
+        patience = 0.9 * manager.timeout.total_seconds()  # less than that of ranks that wait for this one
+        self._complete = partial(self._finish_save, temporary, manifest, keep, patience)
 
-        def read_back():  # in a thread, when all ranks have written: this rank's share of the files
-            written.result()
-            files = sorted(temporary.glob("*.safetensors"))
-            sums = {file.name: checksum(file) for file in files[manager.rank :: manager.world_size]}
-            return {file.name for file in files}, sums
+    def _read_back(self, written, temporary):
+        """In a thread, when all ranks have written: the names of all files, and the checksums of this rank's share."""
+        written.result()
+        files, manager = sorted(temporary.glob("*.safetensors")), self.manager
+        sums = {file.name: checksum(file) for file in files[manager.rank :: manager.world_size]}
+        return {file.name for file in files}, sums
 
-        seconds = 0.9 * manager.timeout.total_seconds()  # sooner than the ranks that wait for this one
-
+    def _finish_save(self, temporary, manifest, keep, patience):
         def wait():
             try:
-                return self._written.result(seconds)
+                return self._written.result(patience)
             except NotInTime:
-                raise OSError(f"the disk has not answered for {seconds:.0f} seconds") from None
+                raise OSError(f"the disk has not answered for {patience:.0f} seconds") from None
 
-        def complete():
-            try:
-                parts = manager.together(partial(_or_oserror, f"{temporary} could not be written", wait))
-            except OSError:  # on a full disk it takes what the next try needs
-                manager.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
-                raise
-            seen, sums = [names for names, _ in parts], {name: sums for _, part in parts for name, sums in part.items()}
-            manager.on_main(partial(publish, seen, sums))
+        try:
+            parts = self.manager.together(partial(_or_oserror, f"{temporary} could not be written", wait))
+        except OSError:  # on a full disk it takes what the next try needs
+            self.manager.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            raise
+        sums = {name: sums for _, part in parts for name, sums in part.items()}
+        self.manager.on_main(partial(self._publish, temporary, manifest, keep, [names for names, _ in parts], sums))
 
-        def publish(seen, files):
-            for rank, names in enumerate(seen):  # a folder that not all share
-                if odd := sorted(names ^ set(files)):
-                    raise OSError(
-                        f"{temporary} is not the same on all ranks: {odd[0]} is not seen by all, rank {rank} among them"
-                    )
-            # the order is a counter's: a clock may be set back
-            serial = 1 + max([manifest["serial"] for _, manifest in manifests(self.folder) if manifest], default=0)
-            order = dict(step=step, tag=tag, serial=serial, saved=time.time())
-            write_manifest(temporary, extra | order | dict(files=files))
-            if final.exists():
-                remove(final)
-            os.rename(temporary, final)
-            same = [path for path, manifest in manifests(self.folder) if manifest and manifest["tag"] == tag]
-            for path in same[keep:] if keep else []:
-                remove(path)
-
-        self._written, self._complete = ThreadPoolExecutor(1).submit(read_back), complete
+    def _publish(self, temporary, manifest, keep, seen, files):
+        """On rank 0: the manifest, then the name that says that all is there. seen: the files that each rank saw."""
+        for rank, names in enumerate(seen):  # a folder that not all share
+            if odd := sorted(names ^ set(files)):
+                told = f"{odd[0]} is not seen by all, rank {rank} among them"
+                raise OSError(f"{temporary} is not the same on all ranks: {told}")
+        final = self.folder / f"step-{manifest['step']}"
+        # the order is a counter's: a clock may be set back
+        serial = 1 + max([there["serial"] for _, there in manifests(self.folder) if there], default=0)
+        write_manifest(temporary, manifest | dict(serial=serial, files=files))
+        if final.exists():
+            remove(final)
+        os.rename(temporary, final)
+        same = [path for path, there in manifests(self.folder) if there and there["tag"] == manifest["tag"]]
+        for path in same[keep:] if keep else []:
+            remove(path)
 
     def ready(self):
         """Whether there is a save to finish, for which this rank need not wait."""
@@ -558,6 +554,11 @@ def manifests(folder):
         except ValueError:
             read.append((path, None))
     return sorted(read, key=lambda r: (r[1]["serial"] if r[1] else math.inf, int(r[0].name[5:])), reverse=True)
+
+
+def make_empty(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def remove(checkpoint):

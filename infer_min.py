@@ -498,7 +498,7 @@ class Clip:
     )
 
     def __init__(self, args, n, prompt, count, shared):
-        self.prompt, self.n, self.frames = prompt, n, args.frames
+        self.prompt, self.n = prompt, n
         self.name = f"{args.output}{n:04d}" if args.output.endswith("/") else args.output + f"-{n}" * (count > 1)
         self.endings = (".mp4", ".safetensors") if args.model else (".safetensors",)
         made_by = {k: v for k, v in vars(args).items() if k not in self.OUTSIDE.split()}
