@@ -878,7 +878,7 @@ class Progress:
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
             for name, value in entry.items() if self.board else ():
-                if type(value) in (int, float):
+                if type(value) in (int, float) and name != "step":
                     self.board.add_scalar(name, value, step)
             if self.board:
                 self.board.flush()
