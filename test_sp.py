@@ -2914,6 +2914,19 @@ def test_ctrl_c_again_stops_at_once():
                     signal.raise_signal(signal.SIGINT)
                 assert asked == dict(save=False, stop=True) and leave.call_count == left
         leave.assert_called_with(130)
+        # torchrun clears up: a rank that is about to say why it ends may do so, another one says who has failed
+        asked["stop"] = False
+        for failed, left in (([1], 0), ([0], 1)):
+            with (
+                mock.patch.object(train_min, "failed_ranks", lambda failed=failed: failed),
+                mock.patch.object(dist, "get_rank", lambda: 1),
+                mock.patch.object(os, "_exit") as leave,
+                mock.patch.object(os, "write") as said,
+            ):
+                signal.raise_signal(signal.SIGTERM)
+            assert (
+                leave.call_count == left and said.call_args_list == [mock.call(2, b"error: rank 0 has failed\n")] * left
+            )
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
