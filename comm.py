@@ -349,7 +349,7 @@ def _init_process_group(backend, timeout):
 # So what is called step-N was complete once, and the manifest tells whether it still is
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-FILE_BYTES = 2 << 30  # of a rank's files, about
+FILE_BYTES = 2 << 30  # about so many in each file that a rank writes
 
 
 class Checkpoints:

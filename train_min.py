@@ -239,7 +239,6 @@ def train(args):
 
 def check_args(args, config):
     """ValueError for flags that are out of range, or do not go together; --model's weights and shift where none are given."""
-    understood = config.out_channels == 3 or (args.model and not config.image_condition_type)
     check_flags(args, "steps batch accumulation shard_size lora", 1)
     check_flags(args, "warmup save_every keep workers validate_every", 0)
     check_flags(args, "lr clip shift lora_alpha", 1e-9)
@@ -259,6 +258,7 @@ def check_args(args, config):
     for name in ("validate", "sample_prompt"):
         if getattr(args, name) is not None and not args.validate_every:
             raise ValueError(f"--{name} goes with --validate_every")
+    understood = config.out_channels == 3 or (args.model and not config.image_condition_type)
     if args.sample_prompt is not None and not understood:
         raise ValueError("--sample_prompt is for the toy, or for --model with a text-to-video snapshot")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
