@@ -5,9 +5,11 @@
 
 Each prints a JSON line: median and fastest seconds, and the peak memory of a forward of 118,800 tokens and of a training step of
 46,800 (4 + 8 blocks of the 13B's, all GPUs in one sp group, bf16, compiled, attention kept, FSDP2, AdamW). Weights are random:
-a fresh model's gates are zero, and zeros run faster.
+a fresh model's gates are zero, and zeros run faster. With --profile after the folder also the shares of one more step's time
+that collectives take, that they take with nothing beside them (exposed), and in which no kernel runs (idle).
 """
 
+import inspect
 import json
 import sys
 import time
@@ -18,6 +20,8 @@ sys.path.insert(0, str(Path(sys.argv[1]).resolve()))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch.autograd import DeviceType  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from comm import ParallelManager  # noqa: E402
 from hunyuan_sp import HunyuanConfig, HunyuanVideo  # noqa: E402
@@ -37,7 +41,8 @@ def inputs(frames, device):
     draw = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(1))
     times = dict(timestep=torch.full((1,), 500.0, device=device), guidance=torch.full((1,), 6016.0, device=device))
     latents = draw(1, 16, frames, 90, 160)
-    return times | dict(latents=latents, text=draw(1, 60, 4096), text_mask=[60], pooled=draw(1, 768))
+    lengths = "lengths" if "lengths" in inspect.signature(HunyuanVideo.forward).parameters else "text_mask"  # as before
+    return times | {"latents": latents, "text": draw(1, 60, 4096), lengths: [60], "pooled": draw(1, 768)}
 
 
 def timed(name, step, count):
@@ -54,7 +59,29 @@ def timed(name, step, count):
         seconds.append(time.perf_counter() - began)
     seconds = sorted(seconds[2:])
     median, gib = seconds[len(seconds) // 2], torch.cuda.max_memory_allocated() / 2**30
-    return {name: round(median, 4), f"{name}_fastest": round(seconds[0], 4), f"{name}_gib": round(gib, 2)}
+    figures = {name: round(median, 4), f"{name}_fastest": round(seconds[0], 4), f"{name}_gib": round(gib, 2)}
+    if "--profile" in sys.argv:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+            step()
+            torch.cuda.synchronize()
+        events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        spans = [(e.time_range.start, e.time_range.end, "nccl" in e.name.lower()) for e in events]
+        figures |= {f"{name}_{part}": share for part, share in shares(spans).items()}
+    return figures
+
+
+def shares(spans):
+    """Convert kernels (start, end, is_collective) into shares of the time from the first to the last."""
+    edges = sorted([(start, 1, kind) for start, _, kind in spans] + [(end, -1, kind) for _, end, kind in spans])
+    running, totals, last = [0, 0], {}, edges[0][0]
+    for now, change, kind in edges:
+        state = (running[0] > 0, running[1] > 0)
+        totals[state] = totals.get(state, 0) + now - last
+        running[kind] += change
+        last = now
+    exposed, beside, idle = (totals.get(state, 0) for state in ((False, True), (True, True), (False, False)))
+    parts = dict(collectives=exposed + beside, exposed=exposed, idle=idle)
+    return {name: round(part / sum(totals.values()), 4) for name, part in parts.items()}
 
 
 def forward(manager):
