@@ -3,13 +3,13 @@
     sampler = DPSPBatchSampler(len(data), global_batch_size=16, dp_rank=dp_rank, dp_size=dp_size)
     for batch in DataLoader(data, batch_sampler=sampler, num_workers=4): ...; sampler.advance()
 
-It takes plain integers and never asks torch.distributed. All sp ranks of a group build it with the same dp_rank and get the
-same batches, so changing sp changes nothing. An epoch is one sequence of global batches, a pure function of (seed, epoch);
-a rank's micro-batch is a slice of one. So the samples of step n do not depend on dp_size or accumulation either.
+It takes plain integers and never asks torch.distributed. All sp ranks of a group build it with the same dp_rank and get
+the same batches, so changing sp changes nothing. An epoch is one sequence of global batches, a pure function of (seed,
+epoch); a rank's micro-batch is a slice of one. So the samples of step n do not depend on dp_size or accumulation.
 
     $ python sampler.py    # who gets which sample, over an epoch with a tail and a resume
 
-Whoever has a batch sampler already deals its batches out to the dp ranks with `BatchSamplerShard`.
+Already have a batch sampler? `BatchSamplerShard` deals its batches out to the dp ranks.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from torch.utils.data import Sampler
 
 
 def seeded(*key):
-    """A random stream that is a function of the key alone: never of a rank, nor of what came before."""
+    """Return a random stream that is a function of the key alone: never of a rank, nor of what came before."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class SampleIndex(int):
-    """An index that says two things more: `weight` (0.0 for a duplicate that only fills a batch) and `epoch`.
+    """An index that carries two more facts: `weight` (0.0 for a duplicate that only fills a batch) and `epoch`.
 
-    The weight has to reach the loss: dataset[i] is called with it, so return `i.weight` with the sample, and collate it.
+    The weight has to reach the loss: the dataset is called as dataset[i], so let it return `i.weight` with the sample.
     """
 
     def __new__(cls, value, weight=1.0, epoch=0):
@@ -42,20 +42,20 @@ class SampleIndex(int):
 
 
 class DPSPBatchSampler(Sampler):
-    """Yields this dp rank's micro-batches of the current epoch: lists of SampleIndex.
+    """Yield this dp rank's micro-batches of the current epoch: lists of SampleIndex.
 
-    length: samples in the dataset. global_batch_size: samples of one optimizer step over all dp ranks and micro-batches.
-    accumulation: micro-batches of a step. seed: of the order, a new one each epoch.
-    tail: what happens to samples that don't fill a global batch. "pad": it is filled with duplicates of weight 0, so that
-    every sample counts exactly once; global_batch_size need not divide by dp_size * accumulation then. There are fewer than
-    dp_size of them in a step. "drop": samples are left out this epoch (another order leaves out others).
-    shapes: one hashable per sample, e.g. its latent's shape. A global batch then has one shape only: its samples can be
-    stacked, and the dp ranks have the same cost a*S + b*S² at every step, for any a and b. The tail is each shape's own.
+    length: samples in the dataset. global_batch_size: samples of an optimizer step over all dp ranks and micro-batches.
+    accumulation: micro-batches of a step. seed: the order depends on it and on the epoch.
+    tail: what to do with samples that don't fill a global batch. "pad" adds duplicates of weight 0, fewer than dp_size,
+    so that every sample counts exactly once; global_batch_size need not be a multiple of dp_size * accumulation. "drop"
+    leaves the samples out of this epoch; the next order leaves out others.
+    shapes: one hashable per sample, e.g. the shape of its latents. All samples of a global batch then have one shape:
+    they can be stacked, and at every step all dp ranks have the same cost. Each shape has its own tail.
     names: one string per sample, e.g. its file. `load_state_dict` refuses a state saved with other shapes or names.
-    ValueError for what cannot be: an empty dataset, sizes that don't divide, a dataset too small to drop from.
+    ValueError for an empty dataset, sizes that don't divide, and a dataset that never fills a batch with tail="drop".
 
-    A step of few samples has fewer micro-batches than `accumulation`: take `micro_batches` of them, then call `advance()`.
-    Workers read ahead, so the position is what was trained on, not what was read. Iterating starts there.
+    A step of few samples has fewer micro-batches than `accumulation`: take `micro_batches`, then call `advance()`.
+    Workers read ahead, so the position is what was trained on, not what was read. Iterating starts at the position.
     """
 
     def __init__(
@@ -74,42 +74,41 @@ class DPSPBatchSampler(Sampler):
             raise ValueError(f"the dataset has {length} samples, at least 1 is needed")
         if min(global_batch_size, dp_size, accumulation) < 1 or not 0 <= dp_rank < dp_size:
             raise ValueError(
-                f"global_batch_size {global_batch_size}, dp_size {dp_size}, accumulation {accumulation} must be at least 1 "
-                f"and dp_rank {dp_rank} between 0 and {dp_size - 1}"
+                f"global_batch_size {global_batch_size}, dp_size {dp_size}, accumulation {accumulation} must be at "
+                f"least 1 and dp_rank {dp_rank} between 0 and {dp_size - 1}"
             )
         if tail not in ("pad", "drop"):
             raise ValueError(f"tail {tail!r} is neither pad nor drop")
         if tail == "drop" and global_batch_size % (dp_size * accumulation):
-            raise ValueError(
-                f"global_batch_size {global_batch_size} is not a multiple of dp_size {dp_size} x accumulation {accumulation}"
-            )
+            share = f"dp_size {dp_size} x accumulation {accumulation}"
+            raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of {share}")
         for kind, given in (("shapes", shapes), ("names", names)):
             if given is not None and len(given) != length:
                 raise ValueError(f"{len(given)} {kind} for {length} samples")
         self.length, self.global_batch_size, self.accumulation = length, global_batch_size, accumulation
         self.dp_rank, self.dp_size, self.seed, self.tail, self.shapes = dp_rank, dp_size, seed, tail, shapes
         self._samples = hashlib.sha256(repr((shapes and [*shapes], names and [*names])).encode()).hexdigest()[:16]
-        self._read_to_end = None  # the position at which an epoch was read whole
+        self._read_to_end = None  # the position at which an epoch was read to its end
         if not self._start(0, []):
             raise ValueError(f"{length} samples never fill a global batch of {global_batch_size}: use tail='pad'")
 
     @property
     def micro_batches(self):
-        """Of the next step, equal on all ranks: `accumulation`, or fewer where a rank has fewer samples."""
+        """Return how many the next step has, on every rank: `accumulation`, or fewer if a rank has fewer samples."""
         return self._shares(self._batches_left[0])[1]
 
     def _shares(self, batch):
-        """Of a global batch: samples of each rank, fillers included, and the micro-batches that they make."""
-        samples = -(-len(batch) // self.dp_size)
+        """Return a rank's samples of a global batch, fillers included, and the number of micro-batches they make."""
+        samples = -(-len(batch) // self.dp_size)  # rounded up
         return samples, min(self.accumulation, samples)
 
     @property
     def consumed(self):
-        """Samples of this epoch that were trained on, over all ranks and over all runs that led here."""
+        """Return how many samples of this epoch were trained on, by all ranks and in all runs that led here."""
         return self.length - len(self._unseen(self.epoch, self.history))
 
     def __len__(self):
-        """Micro-batches left in this epoch, equal on all ranks."""
+        """Return how many micro-batches are left in this epoch, equal on all ranks."""
         return sum(self._shares(batch)[1] for batch in self._batches_left)
 
     def __iter__(self):
@@ -119,15 +118,15 @@ class DPSPBatchSampler(Sampler):
         for batch in self._batches_left:
             samples, micro_batches = self._shares(batch)
             slots = [SampleIndex(i, 1.0, self.epoch) for i in batch]
-            for n in range(samples * self.dp_size - len(batch)):
-                slots.append(SampleIndex(batch[n % len(batch)], 0.0, self.epoch))
+            fillers = range(samples * self.dp_size - len(batch))
+            slots += [SampleIndex(batch[n % len(batch)], 0.0, self.epoch) for n in fillers]
             mine = slots[self.dp_rank :: self.dp_size]
             for n in range(micro_batches):
                 yield mine[n::micro_batches]
         self._read_to_end = position
 
     def advance(self):
-        """One optimizer step was taken. True if it was the epoch's last: the next iteration is the next epoch."""
+        """Move on by one optimizer step. Return True if it was the epoch's last: the next iteration is a new epoch."""
         if not self.history or self.history[-1][0] != self.global_batch_size:
             self.history.append([self.global_batch_size, 0])
         self.history[-1][1] += 1
@@ -137,43 +136,27 @@ class DPSPBatchSampler(Sampler):
         return not self.history
 
     def state_dict(self):
-        """The position in global samples: it holds for any dp_size, accumulation and global_batch_size."""
-        history, what = [list(entry) for entry in self.history], dict(length=self.length, seed=self.seed)
-        return what | dict(samples=self._samples, epoch=self.epoch, consumed=self.consumed, history=history)
+        """Return the position in global samples: it holds for any dp_size, accumulation and global_batch_size."""
+        position = dict(epoch=self.epoch, consumed=self.consumed, history=[list(entry) for entry in self.history])
+        return dict(length=self.length, seed=self.seed, samples=self._samples) | position
 
     def load_state_dict(self, state):
-        """Go on where `state` stood, with no repeat and no gap. ValueError, and nothing changed, if it can't be."""
-        if not isinstance(state, dict) or set(state) != set(self.state_dict()):
-            raise ValueError(f"not a sampler state: {str(state)[:200]}")
-        for name in ("length", "seed"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"the state was saved with {name} {state[name]}, this dataset has {getattr(self, name)}"
-                )
-        if state["samples"] != self._samples:
-            raise ValueError("the state was saved with samples of other shapes or names, or in another order")
-        history, whole = state["history"], lambda n, least: type(n) is int and n >= least
-        if not whole(state["epoch"], 0) or not isinstance(history, list):
-            raise ValueError(f"not a sampler state: epoch {state['epoch']}, history {str(history)[:200]}")
-        for entry in history:
-            if not (isinstance(entry, list) and len(entry) == 2 and all(whole(n, 1) for n in entry)):
-                raise ValueError(f"not a sampler state: history entry {str(entry)[:200]}")
-        consumed = self.length - len(self._unseen(state["epoch"], history))
-        if consumed != state["consumed"]:
-            raise ValueError(
-                f"the state says {state['consumed']} samples were consumed, its history {history} gives {consumed}"
-            )
-        if not self._start(state["epoch"], [list(entry) for entry in history]):
+        """Continue where `state` was saved, with no repeat and no gap; ValueError for other samples or another seed."""
+        mine = dict(length=self.length, seed=self.seed, samples=self._samples)
+        for name, value in mine.items():
+            if state[name] != value:
+                raise ValueError(f"the state was saved with {name} {state[name]}, this sampler has {value}")
+        if not self._start(state["epoch"], [list(entry) for entry in state["history"]]):
             self._start(state["epoch"] + 1, [])  # what was left is less than a batch to drop
 
     def _start(self, epoch, history):
-        """Plan what is left of an epoch; history: [global batch size, steps] of it, also of earlier runs."""
+        """Plan the rest of an epoch; history: [global batch size, steps] for each run that took steps of it."""
         self.epoch, self.history = epoch, history
         self._batches_left = self._batches(self._unseen(epoch, history), self.global_batch_size)
         return self._batches_left
 
     def _unseen(self, epoch, history):
-        """The epoch's order, less what was trained on: replayed, not stored."""
+        """Return the epoch's order without the samples that were trained on: replayed, not stored."""
         generator = torch.Generator().manual_seed((self.seed * 2**20 + epoch) % 2**63)
         indices = torch.randperm(self.length, generator=generator).tolist()
         for global_batch_size, steps in history:
@@ -182,7 +165,7 @@ class DPSPBatchSampler(Sampler):
         return indices
 
     def _batches(self, indices, size):
-        """Global batches of one shape each, in the order in which their first samples come."""
+        """Return global batches of one shape each, in the order of their first samples."""
         buckets = defaultdict(list)
         for i in indices:
             buckets[None if self.shapes is None else self.shapes[i]].append(i)
@@ -194,12 +177,12 @@ class DPSPBatchSampler(Sampler):
 
 
 class BatchSamplerShard(Sampler):
-    """Deals out the batches of any batch sampler: dp rank r gets the batches r, r + dp_size, ..; all ranks as many.
+    """Deal out the batches of any batch sampler: dp rank r gets batches r, r + dp_size, ..; all get equally many.
 
-    batch_sampler: yields lists of integers, in the same order on every rank (seed it alike everywhere).
-    tail: what happens to the last batches where they don't reach every rank. "pad": the other ranks get them again with
-    weight 0, so that every sample counts exactly once. "drop": they are left out.
-    Yields lists of SampleIndex. epoch counts the passes over it; set it after a resume.
+    batch_sampler: yields lists of integers, in the same order on every rank (give it the same seed everywhere).
+    tail: what to do if the last batches don't reach every rank. "pad": the other ranks get them again with weight 0, so
+    that every sample counts exactly once. "drop": they are left out.
+    It yields lists of SampleIndex. `epoch` counts the passes over it; set it after a resume.
     """
 
     def __init__(self, batch_sampler, dp_rank, dp_size, tail="pad"):
@@ -207,27 +190,27 @@ class BatchSamplerShard(Sampler):
             raise ValueError(f"dp_rank {dp_rank} is not between 0 and {dp_size - 1}")
         if tail not in ("pad", "drop"):
             raise ValueError(f"tail {tail!r} is neither pad nor drop")
-        self.batch_sampler, self.dp_rank, self.dp_size, self.tail, self.epoch = batch_sampler, dp_rank, dp_size, tail, 0
+        self.batch_sampler, self.tail, self.epoch = batch_sampler, tail, 0
+        self.dp_rank, self.dp_size = dp_rank, dp_size
 
     def __len__(self):
-        full, rest = divmod(len(self.batch_sampler), self.dp_size)
-        return full + (rest > 0 and self.tail == "pad")
+        rounds, rest = divmod(len(self.batch_sampler), self.dp_size)
+        return rounds + (rest > 0 and self.tail == "pad")
 
     def __iter__(self):
-        dealt = []
+        hand = []  # one batch for each rank, once it is full
         for batch in self.batch_sampler:
-            dealt.append(batch)
-            if len(dealt) == self.dp_size:
-                yield [SampleIndex(i, 1.0, self.epoch) for i in dealt[self.dp_rank]]
-                dealt = []
-        if dealt and self.tail == "pad":
-            weight = float(self.dp_rank < len(dealt))
-            yield [SampleIndex(i, weight, self.epoch) for i in dealt[self.dp_rank % len(dealt)]]
+            hand.append(batch)
+            if len(hand) == self.dp_size:
+                yield [SampleIndex(i, 1.0, self.epoch) for i in hand[self.dp_rank]]
+                hand = []
+        if hand and self.tail == "pad":
+            yield [SampleIndex(i, float(self.dp_rank < len(hand)), self.epoch) for i in hand[self.dp_rank % len(hand)]]
         self.epoch += 1
 
 
 def lesson(samples=14, batch=4):
-    """One epoch with a tail, stopped after two steps and resumed on another layout. In brackets: weight 0."""
+    """Print one epoch with a tail, stopped after two steps and resumed on another layout. In brackets: weight 0."""
 
     def ranks_of(dp, sp, state=None):
         print(f"dp {dp} x sp {sp}: {samples} samples, a global batch of {batch}; the sp ranks of a group get the same")

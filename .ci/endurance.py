@@ -1,4 +1,4 @@
-"""What takes longer than the suite: the same checks as in test_sp.py, with larger numbers. On two cores, from anywhere:
+"""What takes longer than the suite: the same checks as in its files, with larger numbers. On two cores, from anywhere:
 
     $ python .ci/endurance.py kills      # 50 kill -9 of random ranks over 306 steps; weights equal an undisturbed run's
     $ python .ci/endurance.py saves      # 50 kill -9 inside saves; the last checkpoint is always whole
@@ -29,18 +29,20 @@ import torch
 from safetensors.torch import save_file
 
 import test_sp
+from full import test_runs
+from full.test_runs import start
 from hunyuan_sp import HunyuanConfig, HunyuanVideo
-from test_sp import launch, spawn, start, steps_done, wait_for, workers_of
+from test_sp import launch, spawn, steps_done, wait_for, workers_of
 
 
 def kills(folder):
     """50 kill -9 of random ranks, at random moments."""
-    test_sp.test_kill_a_random_rank_and_go_on(folder, kills=50)
+    test_runs.test_kill_a_random_rank_and_go_on(folder, kills=50)
 
 
 def saves(folder):
     """50 kill -9 that fall into a save."""
-    test_sp.test_kill_inside_a_save(folder, kills=50)
+    test_runs.test_kill_inside_a_save(folder, kills=50)
 
 
 def faults(folder):
@@ -49,7 +51,7 @@ def faults(folder):
     told = dict(raises="rank 1 has had enough", dies=rf"({silent}|exitcode +: -9)", hangs=silent, stops=silent)
     for fault, sentence in told.items():
         (folder / fault).mkdir()
-        test_sp.test_a_fault_ends_the_job_and_names_the_rank(fault, sentence, folder / fault)
+        test_runs.test_a_fault_ends_the_job_and_names_the_rank(fault, sentence, folder / fault)
         took = time.time() - (folder / fault / "run" / "log.jsonl").stat().st_mtime
         print(f"{fault}: {took:.1f} s after the last step")
 
@@ -92,7 +94,7 @@ def resume(folder):
     for name, order in (("there", layouts), ("back", layouts[::-1])):
         (folder / name).mkdir()
         for n, layout in enumerate(order):
-            exitcodes = spawn(layout, {check: dict(everyone=True)}, folder / name)
+            exitcodes = spawn(layout, "full.test_layouts", {check: dict(everyone=True)}, folder / name)
             test_sp.assert_ok(layout, [check], folder / name, exitcodes)
             resumed = {path.name for path in (folder / name / f"run-{layout}").glob("from-*")}
             assert resumed == {f"from-run-{other}" for other in order[:n]}
@@ -102,20 +104,22 @@ def resume(folder):
 def adamw(folder):
     """Up to 6 ranks, and what does not divide."""
     for layout in "1x1 2x1 1x2 3x1 1x3 2x2 2x3 3x2".split():
-        test_sp.assert_ok(layout, ["three_steps"], folder, spawn(layout, {"three_steps": dict(steps=50)}, folder))
+        exitcodes = spawn(layout, "test_sp", {"three_steps": dict(steps=50)}, folder)
+        test_sp.assert_ok(layout, ["three_steps"], folder, exitcodes)
         print(f"{layout}: 50 steps, to 1e-12")
 
 
 def nodes(folder):
     """10 kills, alternately on both."""
-    test_sp.test_two_nodes(folder, kills=10, steps=200)
+    test_runs.test_two_nodes(folder, kills=10, steps=200)
 
 
 STREAM = """
 import re, sys, threading, time
 import torch
 from comm import ParallelManager
-from hunyuan_sp import HunyuanConfig, HunyuanVideo, load_weights
+from full.weights import load_weights
+from hunyuan_sp import HunyuanConfig, HunyuanVideo
 
 def anonymous():  # what this process has allocated; pages of the mapped file are not its own
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])

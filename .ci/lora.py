@@ -8,6 +8,7 @@ It prints a JSON line: seconds of each step (the first two compile and allocate)
 model's gates would stay zero, and zeros run faster: so all weights are random.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -18,7 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from comm import ParallelManager  # noqa: E402
-from hunyuan_sp import HunyuanConfig, HunyuanVideo, add_lora, forward_flops, latent_shape  # noqa: E402
+from full.lora import add_lora  # noqa: E402
+from full.offload import offloaded  # noqa: E402
+from full.screen import forward_flops  # noqa: E402
+from hunyuan_sp import HunyuanConfig, HunyuanVideo, latent_shape  # noqa: E402
 
 
 def main(size, checkpointing, offload=False, steps=4):
@@ -33,17 +37,18 @@ def main(size, checkpointing, offload=False, steps=4):
         param.to_local().data.normal_(0, 0.02, generator=generator)
     model.compile_blocks()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
-    given = dict(latents=torch.randn(1, *shape, device=device, generator=generator), text_mask=[60])
+    given = dict(latents=torch.randn(1, *shape, device=device, generator=generator), lengths=[60])
     given |= dict(text=torch.randn(1, 60, 4096, device=device, generator=generator))
     given |= dict(pooled=torch.randn(1, 768, device=device, generator=generator))
     given |= dict(timestep=torch.full((1,), 500.0, device=device), guidance=torch.full((1,), 1000.0, device=device))
     tokens, seconds = shape[1] * shape[2] * shape[3] // 4, []
-    rules = dict(group=manager.sp_group, gather=False, checkpointing=checkpointing, offload=offload)
+    rules = dict(group=manager.sp_group, gather=False, checkpointing=checkpointing)
     for _ in range(steps):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        velocity = model(**given, **rules)
-        manager.backward(model, velocity.float().square().sum() / (tokens * 64))
+        with offloaded() if offload else contextlib.nullcontext():
+            velocity = model(**given, **rules)
+            manager.backward(model, velocity.float().square().sum() / (tokens * 64))
         norm = manager.clip_grad_norm(model, 1.0)
         assert 0 < norm < float("inf"), norm  # a step that is skipped is fast
         manager.step(optimizer)

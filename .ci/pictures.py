@@ -233,10 +233,10 @@ def train_toy(clips):
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/out"
-        run("train_min.py", "--steps", str(STEPS[-1]), "--out", out, "--save_every", str(STEPS[0]), "--keep", "0")
+        run("train_min.py", "--steps", str(STEPS[-1]), "--out", out, "--save_every", str(STEPS[0]))
         for step in STEPS:  # the newest checkpoint of a folder is sampled from: so each gets a folder of its own
             shutil.copytree(f"{out}/step-{step}", f"{folder}/{step}/step-{step}")
-            run("infer_min.py", "--checkpoint", f"{folder}/{step}", *prompts, "--output", f"{clips}/step-{step}")
+            run("-m", "full.infer", "--checkpoint", f"{folder}/{step}", *prompts, "--output", f"{clips}/step-{step}")
 
 
 def frames_of(path, size):

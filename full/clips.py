@@ -1,0 +1,163 @@
+"""Clips: what is to be sampled, what it is made of, and its files. Training's previews are clips too."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from full.faults import together
+from full.files import fingerprint, read_text, read_utf8, replace_file, save_tensors, was_made_by
+from full.screen import say
+from full.snapshot import Snapshot
+from full.vae import decode
+from full.video import mp4, strip, to_bytes
+from infer_min import colour_blocks, gif, sample
+from sampler import seeded
+from train_min import Shapes
+
+# flags that do not change what is in a clip, those of earlier versions too; its checkpoint's files are among `shared`
+OUTSIDE = (
+    "output embeds prompts dp sp shard device compile attention timeout profile debug score checkpoint naming export"
+)
+
+
+class Clip:
+    """One clip to be: its prompt, its number, the facts that decide what is in it, its files.
+
+    shared: fingerprints of the files that all clips are made of.
+    """
+
+    def __init__(self, args, n, prompt, count, shared):
+        self.prompt, self.n = prompt, n
+        self.name = f"{args.output}{n:04d}" if args.output.endswith("/") else args.output + f"-{n}" * (count > 1)
+        self.endings = (".mp4", ".safetensors") if args.model else (".safetensors",)
+        self.made_by = {k: v for k, v in vars(args).items() if k not in OUTSIDE.split()}
+        self.made_by |= dict(prompt=prompt, n=n, shared=shared)
+        self.made_by |= dict(embeds=fingerprint([prompt])) if args.embeds else {}
+
+    def is_made(self):
+        """Return whether it exists, complete, and made by the same flags."""
+        there = all(Path(self.name + ending).is_file() for ending in self.endings)
+        ignored = set(OUTSIDE.split()) - {"embeds"}
+        return there and was_made_by(self.name + ".safetensors", self.made_by, ignored)
+
+    def write(self, latents, pixels, draw=False):
+        """Write its files."""
+        write_clip(self.name, self.prompt, latents, pixels, draw, made_by=json.dumps(self.made_by, sort_keys=True))
+
+
+def write_clip(name, prompt, latents, pixels=None, draw=False, **header):
+    """Write a clip's files, each whole or not at all. pixels: [3, F, H, W] of a VAE; without, latents of the toy are pixels."""
+    endings = (".safetensors", ".png", ".mp4") if pixels is not None else (".safetensors", ".gif")
+    for ending in endings:  # an older clip's: what is there after a kill must be of one clip
+        Path(name + ending).unlink(missing_ok=True)
+    save_tensors(name + ".safetensors", dict(latents=latents), **header)
+    if pixels is not None:
+        frames = to_bytes(pixels)
+        replace_file(name + ".png", strip(frames))
+        replace_file(name + ".mp4", mp4(frames))  # last: it says that all is there
+    elif len(latents) == 3:
+        gif(latents, name)
+    if draw:
+        say(f"{prompt}\n{colour_blocks(latents)}")
+    written = [name + ending for ending in endings if Path(name + ending).is_file()]
+    hint = " (a GIF too with Pillow: the extra [video])" * (len(latents) == 3 and len(written) == 1)
+    say(f"{prompt}: wrote {', '.join(written)}{hint}")
+
+
+def check_finite(values, prompt):
+    """Raise ValueError, on every rank, for a clip that is not finite on one. values: latents, pixels or None."""
+
+    def check():
+        if values is not None and not values.isfinite().all():
+            raise ValueError(f"the clip of {prompt!r} has values that are not finite: nothing is written")
+
+    together(check)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# prompts
+
+
+def read_prompts(args, config):
+    """Return the prompts, or the files of embeds in their place. ValueError if words alone will not do.
+
+    Only a snapshot's encoders understand words; the toy and random weights (a benchmark) take hashed ones.
+    """
+    toy, random = config.out_channels == 3, bool(args.config and not args.weights)
+    words = [*(args.prompt or ()), *lines_of(args.prompts)]
+    if args.score and not toy:
+        raise ValueError(f"--score reads pixels, this model gives {config.out_channels} latent channels")
+    if args.embeds and (words or args.score):
+        raise ValueError("--embeds takes the place of --prompt, --prompts and --score: give one of them")
+    if not args.embeds and not toy and not random and not args.model:
+        raise ValueError(
+            "a --prompt is only hashed here, which these weights do not understand: give --embeds, or --model SNAPSHOT"
+        )
+    if args.embeds and args.cfg > 1 and not args.negative_embeds:
+        raise ValueError(f"--cfg {args.cfg} with --embeds needs --negative_embeds")
+    if args.model and not args.embeds and not words:
+        raise ValueError("--model needs a --prompt, --prompts or --embeds")
+    if args.score:
+        captions = Shapes.captions()
+        order = torch.randperm(len(captions), generator=seeded("score", args.seed)).tolist()
+        return [captions[order[n % len(order)]] for n in range(args.score)]
+    return args.embeds or words or ["a blue circle moves up"]
+
+
+def lines_of(file):
+    """Return the lines of a text file that hold something."""
+    if not file:
+        return []
+    lines = [line.strip() for line in read_utf8(file).split("\n")]
+    if not any(lines):
+        raise ValueError(f"--prompts {file} is empty")
+    return [line for line in lines if line]
+
+
+def embed_prompts(args, config, prompts):
+    """Return {prompt: (text, pooled)} and the negative (text, pooled), without a snapshot's encoders."""
+    read, texts = (read_text if args.embeds else Shapes.embed), {}
+    together(lambda: texts.update((prompt, read(prompt, config)) for prompt in prompts))  # each group reads its own
+    negative = read_text(args.negative_embeds, config) if args.negative_embeds else None
+    return texts, negative or Shapes.embed(args.negative_prompt, config)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# training's previews
+
+
+class Preview:
+    """Clips of one prompt by a model in training, in 20 steps from the same noise every time.
+
+    shape: of the latents, [C, T, h, w]. snapshot: the text-to-video snapshot whose encoders and VAE are used; None for the toy.
+    """
+
+    def __init__(self, pm, config, shape, prompt, snapshot=None):
+        self.pm, self.shape, self.prompt = pm, shape, prompt
+        self.snapshot = Snapshot(snapshot) if snapshot else None
+        if self.snapshot:
+            texts, _ = self.snapshot.encode(pm, [prompt])
+        else:
+            texts = {prompt: Shapes.embed(prompt, config)}
+        self.text, self.pooled = (x.to(pm.device) for x in texts[prompt])
+
+    def write(self, model, name):
+        """Write NAME.mp4 or .gif, as full.infer does. Every rank calls it."""
+        try:
+            self._write(model, name)
+        except (OSError, ValueError) as error:  # on all ranks alike; training goes on
+            if self.pm.is_main:
+                say(f"{name} is not written: {error}")
+
+    def _write(self, model, name):
+        shift, group = self.snapshot.shift if self.snapshot else 4.0, self.pm.sp_group
+        noise = torch.randn((1, *self.shape), generator=seeded("sample", 0, 0)).to(self.pm.device)
+        rules = dict(steps=20, shift=shift, guidance=6.0, group=group)
+        latents = sample(model, noise, [self.text], self.pooled[None], **rules)[0]
+        check_finite(latents, self.prompt)
+        pixels, vae = None, []
+        if self.snapshot:
+            together(lambda: vae.append(self.snapshot.vae(self.pm.device)))
+            pixels = decode(vae[0], latents, group)
+        together(lambda: write_clip(name, self.prompt, latents.cpu(), pixels) if self.pm.is_main else None)

@@ -1,0 +1,50 @@
+"""Write weights for others: what training saved, or a snapshot's with LoRA files merged, in bfloat16.
+
+    $ python -m full.export --checkpoint out --naming diffusers --output released/
+    $ python -m full.export --model SNAPSHOT --lora cat/lora.safetensors --naming diffusers --output merged/
+    $ torchrun --nproc_per_node=2 -m full.export --model SNAPSHOT --checkpoint out --shard --output tuned/
+
+Ranks share the weights with --shard; rank 0 writes. Needs huggingface_hub, of the extra [pipeline].
+"""
+
+from functools import partial
+from pathlib import Path
+
+from full import faults
+from full.flags import add_machine_flags, add_model_flags, check_range, parser_of
+from full.lora import lora_files
+from full.model import Source, resolve
+from full.names import NAMINGS
+from full.screen import say
+from full.weights import save_weights
+
+
+def parse(argv=None):
+    parser = parser_of(__doc__, add_model_flags, add_machine_flags)
+    flag = parser.add_argument
+    flag("--checkpoint", help="the --out folder of training (default: out, without --model, --weights and --config)")
+    flag("--lora", action="append", help="FILE[:STRENGTH] to add to the weights; may be given several times")
+    flag("--naming", choices=NAMINGS, default="original", help="of the names in the files")
+    flag("--output", required=True, help="folder to write")
+    flag("--shard", action="store_true", help="FSDP2, for weights that do not fit one GPU")
+    return parser.parse_args(argv)
+
+
+def export(args):
+    """Build the model and write its weights. Return the ParallelManager."""
+    check_range(args, "timeout", 1e-9, 1e7)
+    config = resolve(args)
+    lora_files(args.lora)
+    pm = faults.init(None, 1, args.device, args.timeout)
+    pm.check_equal(vars(args), pm.world_group)
+    model = Source(pm, args, config).build_model(args.shard)
+    faults.on_main(lambda: Path(args.output).mkdir(parents=True, exist_ok=True))
+    save_weights(model, args.output, args.naming)
+    if pm.is_main:
+        say(f"wrote {args.output} in {args.naming} naming")
+    return pm
+
+
+if __name__ == "__main__":
+    args = parse()
+    faults.run(partial(export, args), args.output, args.debug)

@@ -1,0 +1,148 @@
+"""Files: read with one sentence for what is wrong, written whole or not at all. Needs safetensors."""
+
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path whose file becomes `path` when the block ends well: all of it or nothing, also if killed.
+
+    OSError names the path.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:  # a full disk does not say where
+        raise OSError(f"{path} could not be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def replace_file(path, data):
+    """Write bytes or text."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def save_tensors(path, tensors, **header):
+    """Write {name: tensor} as a .safetensors file with these strings in its header, readable as other files are."""
+    with replacing(path) as temporary:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary, dict(format="pt") | header)
+        os.umask(umask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~umask)  # the library lets nobody else read it
+
+
+def read_utf8(path):
+    """Return the text of a file, without a byte order mark; ValueError if it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a text file: {error}") from None
+
+
+def read_json(path):
+    """Return the object in a JSON file; ValueError if the file holds anything else."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} can't be read as JSON ({error!r})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def checksum(path):
+    """Return [bytes, crc32] of a file."""
+    size = crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def fingerprint(paths):
+    """Return a hex string made of the names and sizes of these files, and of samples of what is in them."""
+    digest, paths = hashlib.sha256(), [Path(path) for path in paths]
+    for path in paths:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    for path in paths[:: max(1, len(paths) // 16)]:
+        with open(path, "rb") as file:
+            for part in range(16):
+                file.seek(path.stat().st_size * part // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def visible(folder, pattern):
+    """Return the files of a folder that match, sorted, without hidden ones."""
+    return sorted(file for file in Path(folder).glob(pattern) if not file.name.startswith("."))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# safetensors
+
+
+def open_safetensors(file):
+    """Open a .safetensors file for reading; ValueError if it is none."""
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        reason = "".join(c for c in str(error) if c.isprintable())[:200]
+        raise ValueError(f"{file} is not a readable safetensors file: {reason}") from None
+
+
+def shapes_in(handle):
+    """Return {name: shape} of an open .safetensors file."""
+    return {name: handle.get_slice(name).get_shape() for name in handle.keys()}
+
+
+def was_made_by(file, made_by, ignored=()):
+    """Return whether a .safetensors file exists and its header says that it was made by the same facts, {name: value}.
+
+    ignored: names that do not count. A fact that is missing counts as one that is false, empty or zero.
+    """
+
+    def those_that_count(facts):
+        return {name: value for name, value in facts.items() if value and name not in ignored}
+
+    try:
+        with open_safetensors(file) as handle:
+            stored = json.loads((handle.metadata() or {})["made_by"])
+        return those_that_count(stored) == those_that_count(json.loads(json.dumps(made_by)))
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        return False
+
+
+def text_fits(shapes, config):
+    """Return whether {name: shape} has text [L, text_dim], L > 0, and pooled [pooled_dim]."""
+    text = shapes.get("text", [])
+    return text[1:] == [config.text_dim] and text[0] > 0 and shapes.get("pooled") == [config.pooled_dim]
+
+
+def read_text(file, config):
+    """Return text [L, text_dim] and pooled [pooled_dim] of a .safetensors file.
+
+    ValueError for other shapes, for values that are not finite, and for tensors that would be ignored.
+    """
+    with open_safetensors(file) as handle:
+        shapes = shapes_in(handle)
+        if not text_fits(shapes, config):
+            wanted = f"text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
+            raise ValueError(f"{file} holds {shapes}, expected {wanted}")
+        if more := sorted(set(shapes) - {"latents", "text", "pooled"}):
+            raise ValueError(f"{file} holds {', '.join(more)} beside text and pooled, which would be ignored")
+        text, pooled = handle.get_tensor("text").float(), handle.get_tensor("pooled").float()
+    if not (text.isfinite().all() and pooled.isfinite().all()):
+        raise ValueError(f"{file} has values that are not finite")
+    return text, pooled

@@ -1,0 +1,176 @@
+"""The flags of the programs, and checks of their values. Needs nothing more."""
+
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+
+import torch
+
+import train_min
+from full.fa4 import attention_kernel
+from full.files import read_json
+from full.names import config_from_diffusers
+from hunyuan_sp import CHECKPOINTING, HunyuanConfig
+
+
+def parser_of(doc, *adders):
+    """Return the parser of a program; its docstring is its --help. A flag that is added again replaces the first."""
+    rules = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, conflict_handler="resolve")
+    parser = argparse.ArgumentParser(description=doc, **rules)
+    for add_flags in adders:
+        add_flags(parser)
+    return parser
+
+
+def add_machine_flags(parser):
+    """Add what every program has."""
+    flag = parser.add_argument
+    flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    flag("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
+    flag("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_model_flags(parser):
+    """Add what training, sampling and export have in common."""
+    flag = parser.add_argument
+    flag("--config", help="model preset: tiny or 13b")
+    flag("--blocks", help="cut the depth of --config to D,S double and single blocks, e.g. 4,8")
+    flag("--model", help="folder of a released snapshot, diffusers layout: its config and weights; sampling: all of it")
+    flag("--weights", help="file or folder of released weights (original, diffusers or ComfyUI naming)")
+    flag("--dtype", choices=("float32", "bfloat16"), help="compute (default: bfloat16 on GPUs, float32 on CPUs)")
+
+
+def add_speed_flags(parser):
+    """Add what training and sampling have in common."""
+    flag = parser.add_argument
+    flag("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
+    flag("--profile", action="store_true", help="Chrome traces of the last step, trace-RANK.json.gz, by the output")
+
+
+def check_range(args, names, low, high=math.inf):
+    """Raise ValueError for the first of the flags whose value is outside low .. high."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not (low <= value <= high and value != math.inf):
+            least = f"at least {low}{' and finite' * (value == math.inf)}"
+            raise ValueError(f"--{name} {value} is not {least if high == math.inf else f'in {low} .. {high}'}")
+
+
+def get_config(args):
+    """Return the config of --config and --blocks, or --model's own; ValueError for what cannot be."""
+    changes = {}
+    if args.model and (args.config or args.blocks):
+        raise ValueError("--model brings its own config: leave out --config and --blocks")
+    if args.blocks:
+        try:
+            changes = dict(zip(("double_depth", "single_depth"), map(int, args.blocks.split(",")), strict=True))
+            if min(changes.values()) < 0:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"--blocks {args.blocks} is not two numbers D,S, e.g. 4,8") from None
+    if args.model:
+        config = config_from_diffusers(Path(args.model) / "transformer" / "config.json")
+    else:
+        config = HunyuanConfig.preset(args.config, **changes)
+    sp = getattr(args, "sp", None) or 1
+    if sp > config.num_heads:
+        raise ValueError(f"sequence_parallel_size {sp} is more than the {config.num_heads} heads")
+    return config
+
+
+def scheduler_shift(snapshot):
+    """Return the flow shift of a snapshot's scheduler. ValueError for other rules than `shift_sigma` over even steps."""
+    file = Path(snapshot) / "scheduler/scheduler_config.json"
+    switches = ("use_", "invert_sigmas", "shift_terminal", "stochastic_sampling")  # of other schedules
+    try:
+        config = read_json(file)
+        kind, shift = config["_class_name"], float(config["shift"])
+        on = [name for name, value in config.items() if name.startswith(switches) and value]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not say which schedule it is, and its shift ({error!r})") from None
+    if kind != "FlowMatchEulerDiscreteScheduler" or on or not 0 < shift < math.inf:
+        found = f"{kind} with a shift of {shift}{' and ' * bool(on)}{', '.join(on)}"
+        raise ValueError(f"{file} is {found}: only the release's schedule is known, FlowMatchEulerDiscreteScheduler")
+    return shift
+
+
+def compute_dtype(args, device):
+    """Return the dtype to compute in."""
+    return getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# training
+
+
+def parse_train(doc, argv=None):
+    """Parse the flags of full.train and full.plan: train_min.py's and more."""
+    parser = parser_of(doc, train_min.add_flags, add_model_flags, add_speed_flags, add_machine_flags)
+    flag = parser.add_argument
+    flag("--batch", type=int, help="global batch: samples a step over all ranks (default 16; 13b: dp x accumulation)")
+    flag("--lr", type=float, help="peak, then a cosine to a tenth (default 2e-3; 13b, --model: 1e-5; --lora: 1e-4)")
+    flag("--shift", type=float, help="flow shift of the noise levels (default 4; 13b: 7; --model: its scheduler's)")
+    flag("--checkpointing", choices=CHECKPOINTING, help="of activations (default: none for tiny, attention else)")
+    flag("--lora", type=int, help="train a LoRA of this rank, the weights frozen; written to --out/lora.safetensors")
+    flag("--lora_alpha", type=float, help="its update is alpha / rank times B A (default: the rank)")
+    flag("--ema", type=float, default=0.0, help="use an average over some 1 / (1 - this) steps (default 0: none)")
+    flag("--validate_every", type=int, default=0, help="steps between losses on samples held out (default 0: none)")
+    flag("--validate", type=float, help="share of the samples that is held out then, at least one (default 0.05)")
+    flag("--sample_prompt", help="a clip of it at each validation, from the same noise: --out/sample-STEP.mp4 or .gif")
+    flag("--offload", action="append", choices=("weights", "activations"), help="to the host's memory; or twice, both")
+    flag("--keep", type=int, default=3, help="checkpoints of this run that stay (0: all)")
+    resume = dict(nargs="?", const="yes", choices=("yes", "auto"))
+    flag("--resume", **resume, help="go on from the newest checkpoint in --out, on any layout; auto: or start anew")
+    flag("--tensorboard", action="store_true", help="the figures of log.jsonl for TensorBoard too, if it is installed")
+    flag("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
+    flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
+    args = parser.parse_args(argv)
+    args.offload = args.offload or []
+    args.config = args.config or (None if args.model else "tiny")
+    big = args.config != "tiny"
+    args.lr = (1e-4 if args.lora else 1e-5 if big else 2e-3) if args.lr is None else args.lr
+    if args.shift is None and not args.model:
+        args.shift = 7.0 if big else 4.0
+    args.checkpointing = args.checkpointing or ("attention" if big else "none")
+    args.workers = int(big) if args.workers is None else args.workers
+    return args
+
+
+def check_train(args, config):
+    """Raise ValueError for flags that are out of range or do not go together; fill in --model's weights and shift."""
+    check_range(args, "steps batch accumulation shard_size lora", 1)
+    check_range(args, "warmup save_every keep workers validate_every", 0)
+    check_range(args, "lr clip shift lora_alpha", 1e-9)
+    check_range(args, "timeout", 1e-9, 1e7)
+    check_range(args, "caption_drop validate", 0.0, 1.0)
+    check_range(args, "seed", 0, 2**62)
+    check_range(args, "guidance", 0.0)
+    check_range(args, "ema", 0.0, 0.999999)
+    attention_kernel(args.attention)
+    if args.lora and not (args.weights or args.model or is_benchmark(args)):
+        raise ValueError("--lora changes weights that are there: give --model or --weights")
+    if args.lora_alpha and not args.lora:
+        raise ValueError("--lora_alpha goes with --lora")
+    if "activations" in args.offload and args.checkpointing == "none":
+        raise ValueError("--offload activations moves what --checkpointing attention or full keeps, and it is none")
+    for name in ("validate", "sample_prompt"):
+        if getattr(args, name) is not None and not args.validate_every:
+            raise ValueError(f"--{name} goes with --validate_every")
+    understood = config.out_channels == 3 or (args.model and not config.image_condition_type)
+    if args.sample_prompt is not None and not understood:
+        raise ValueError("--sample_prompt is for the toy, or for --model with a text-to-video snapshot")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
+    if args.model:
+        args.weights = args.weights or f"{args.model}/transformer"
+        args.shift = args.shift or scheduler_shift(args.model)
+
+
+def default_batch(args, dp):
+    return 16 if args.config == "tiny" else dp * args.accumulation
+
+
+def is_benchmark(args):
+    """Return whether it trains on noise: nothing of it is worth saving."""
+    return not args.data and args.config != "tiny"

@@ -1,0 +1,117 @@
+"""A folder of encoded samples, checked whole before training; and which samples are held out. Needs safetensors."""
+
+import zlib
+from pathlib import Path
+
+from full.files import fingerprint, open_safetensors, read_text, shapes_in, text_fits, visible
+from hunyuan_sp import latent_shape
+from train_min import RandomLatents, Shapes
+
+
+def build_data(config, args):
+    """Return the dataset of the flags: a folder, moving shapes for the toy, noise for a benchmark."""
+    if args.data:
+        return Folder(config, args.data)
+    if args.config == "tiny":
+        return Shapes(config)
+    return RandomLatents(config, latent_shape(config, args.height, args.width, args.frames))
+
+
+class Folder:
+    """One .safetensors a sample: latents [C, T, h, w] (already times the VAE's 0.476986), text [L, 4096], pooled [768].
+
+    For image-to-video models also image [C, 1, h, w], and empty_text and empty_pooled, what a dropped caption becomes; for
+    others that is in empty_prompt.safetensors, if there is one, else a token of zeros. Items are train_min.py's.
+    """
+
+    EMPTY = "empty_prompt.safetensors"
+
+    def __init__(self, config, folder):
+        self.with_image, self.empty = config.image_condition_type is not None, None
+        self.files = visible(folder, "*.safetensors")
+        if not self.with_image and Path(folder, self.EMPTY) in self.files:
+            self.files.remove(Path(folder, self.EMPTY))
+            self.empty = read_text(Path(folder, self.EMPTY), config)
+        if not self.files:
+            raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
+        self.shapes, self.names = [self._shape(config, file) for file in self.files], [file.name for file in self.files]
+
+    def _shape(self, config, file):
+        """Return (C, T, h, w) of a file's latents. ValueError if it does not hold what it should, and that alone."""
+        allowed = ["latents", "text", "pooled", *("image empty_text empty_pooled".split() if self.with_image else ())]
+        if not file.is_file():
+            raise ValueError(f"{file} is not a file")
+        with open_safetensors(file) as handle:
+            shapes = shapes_in(handle)
+        if more := sorted(set(shapes) - set(allowed)):
+            held = f"{file} holds {', '.join(more)} beside {', '.join(allowed)}, which would be ignored"
+            raise ValueError(f"{held}: text has valid tokens only, and needs no mask")
+        channels, latents = config.out_channels, shapes.get("latents", [])
+        fits = len(latents) == 4 and latents[0] == channels
+        even = all(n >= 1 and n % p == 0 for n, p in zip(latents[1:], config.patch_size))
+        if not (fits and even and text_fits(shapes, config)):
+            texts = f"text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
+            raise ValueError(f"{file} holds {shapes}, expected latents [{channels}, T, h, w] with h, w even, {texts}")
+        if self.with_image:
+            empty = {name: shapes.get(f"empty_{name}", []) for name in ("text", "pooled")}
+            if shapes.get("image") != [channels, 1, *latents[2:]] or not text_fits(empty, config):
+                wanted = f"an image-to-video model needs image [{channels}, 1, h, w], empty_text and empty_pooled too"
+                raise ValueError(f"{file} holds {shapes}: {wanted}, as full.encode writes them")
+        if config.image_condition_type == "token_replace" and latents[1] == 1:
+            raise ValueError(f"{file} is one frame, which a token_replace model is given: it learns those after it")
+        return tuple(latents)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        with open_safetensors(self.files[i]) as handle:
+            sample = {name: handle.get_tensor(name).float() for name in handle.keys()}
+        more = dict(image=sample["image"]) if self.with_image else {}
+        empty = (sample["empty_text"], sample["empty_pooled"]) if self.with_image else self.empty
+        more |= dict(empty=empty) if empty else {}
+        return i, sample["latents"], sample["text"], sample["pooled"], more
+
+
+def name_of(data, i):
+    """Return what to call sample i in a message: its file, if it has one."""
+    return str(data.files[i]) if hasattr(data, "files") else f"sample {i}"
+
+
+def contents_of(data):
+    """Return what must be equal on all ranks."""
+    if not hasattr(data, "files"):
+        return f"{len(data)} samples"
+    return f"{len(data)} files, {fingerprint(data.files)}, {zlib.crc32(repr(data.shapes).encode()):08x}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what validation measures on
+
+
+def hold_out(data, args):
+    """Return (what is trained on, what is held out or None): the same samples on any layout and after a resume."""
+    if not args.validate_every:
+        return data, None
+    share = 0.05 if args.validate is None else args.validate
+    held = max(1, round(share * len(data)))
+    if held >= len(data):
+        raise ValueError(f"--validate {share} of {len(data)} samples leaves none to train on")
+    order = sorted(range(len(data)), key=lambda i: (zlib.crc32(Path(name_of(data, i)).name.encode()), i))
+    return Part(data, sorted(order[held:])), Part(data, sorted(order[:held]))
+
+
+class Part:
+    """Some of the samples of a dataset."""
+
+    def __init__(self, data, indices):
+        self.data, self.indices = data, indices
+        self.shapes, self.names = ([x[i] for i in indices] if x else None for x in (data.shapes, data.names))
+        if hasattr(data, "files"):
+            self.files = [data.files[i] for i in indices]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return i, *self.data[self.indices[i]][1:]

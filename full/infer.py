@@ -1,0 +1,211 @@
+"""Sample videos from a released snapshot, or from what training saved: text or an image in, .mp4 out.
+
+    $ torchrun --nproc_per_node=2 -m full.infer --model SNAPSHOT --prompt "a cat walks on the grass"
+    $ torchrun --nproc_per_node=8 -m full.infer --model SNAPSHOT --prompts prompts.txt --sp 2 --output clips/
+    $ torchrun --nproc_per_node=2 -m full.infer --model I2V_SNAPSHOT --image first.png --prompt "the cat jumps"
+    $ torchrun --nproc_per_node=2 -m full.infer --model SNAPSHOT --lora cat/lora.safetensors:0.8 --prompt "a cat"
+    $ torchrun --nproc_per_node=2 -m full.infer --model SNAPSHOT --checkpoint out --prompt "a cat"    # what full.train saved
+
+By default all ranks work on one clip. With --sp N each group of N ranks makes its own, and the prompts are divided among the
+groups. The same seed gives the same clip on any number of ranks. Clips that already exist, made by the same flags, are skipped.
+Its Euler steps are infer_min.py's `sample`. --model needs the extra [pipeline].
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import infer_min
+from full import faults
+from full.clips import Clip, check_finite, embed_prompts, read_prompts
+from full.fa4 import attention_kernel
+from full.files import checksum, fingerprint
+from full.flags import add_machine_flags, add_model_flags, add_speed_flags, check_range, compute_dtype, parser_of
+from full.lora import lora_files
+from full.model import Source, resolve
+from full.screen import Bar, Clock, Stages, say
+from full.snapshot import Snapshot
+from full.vae import decode
+from full.video import read_image
+from hunyuan_sp import latent_shape
+from infer_min import sample
+from sampler import seeded
+from train_min import Shapes
+
+
+def parse(argv=None):
+    parser = parser_of(__doc__, infer_min.add_flags, add_model_flags, add_speed_flags, add_machine_flags)
+    flag = parser.add_argument
+    flag("--prompt", action="append", help="what to show; may be given several times")
+    flag("--prompts", help="a text file with one prompt a line")
+    flag("--negative_prompt", default="", help="what to steer away from, if --cfg is over 1")
+    flag("--image", help="the first frame, for image-to-video snapshots")
+    flag("--negative_embeds", help="the file of --embeds for the negative prompt")
+    flag("--checkpoint", help="the --out folder of training (default: out, without --model, --weights and --config)")
+    flag("--lora", action="append", help="FILE[:STRENGTH] to add to the weights; may be given several times")
+    flag("--sp", "--sequence_parallel_size", type=int, help="ranks that share a clip (default: all)")
+    flag("--dp", "--data_parallel_size", type=int, help="groups that sample other prompts (default: world size / sp)")
+    flag("--shard", action="store_true", help="FSDP2, for weights that do not fit one GPU")
+    flag("--steps", type=int, default=20, help="Euler steps (default 20; --model: 50)")
+    flag("--shift", type=float, help="flow shift (default 4; 13b: 7; --model: its scheduler's)")
+    flag("--cfg", type=float, default=1.0, help="true classifier-free guidance scale, two passes in one batch")
+    flag("--output", default="clip", help="name of the files written, without ending; with a / at its end a folder")
+    args = parser.parse_args(argv)
+    if args.model:  # the release's own
+        parser.set_defaults(steps=50, height=720, width=1280, frames=129)
+        args = parser.parse_args(argv)
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the story
+
+
+def infer(args):
+    """Encode the prompts, build the model, sample every clip, decode and write it. Return the ParallelManager."""
+    job = Job(args)
+    pm, config, stages = job.pm, job.source.config, Stages(job.pm)
+    if not job.todo:
+        return pm
+    with stages("encode"):
+        texts, negative, image = job.encode()
+    with stages("load"):
+        model = job.source.build_model(args.shard, args.attention, args.compile)
+        vae = job.snapshot.vae(pm.device) if job.snapshot else None
+    shape = Shapes.CLIP_SHAPE if job.toy else latent_shape(config, args.height, args.width, args.frames)
+    clock = Clock(pm, args.steps, f"{args.output}-trace" if args.profile else None, wait=True)
+    bar, scores = Bar(pm, clock, len(job.mine), len(job.todo), quiet=not job.real), []
+    rules = dict(steps=args.steps, shift=args.shift or (4.0 if job.toy else 7.0), guidance=args.guidance, cfg=args.cfg)
+    rules |= dict(negative=negative, image=image, group=pm.sp_group)
+    for turn, clip in enumerate(job.mine):
+        text, pooled = texts[clip.prompt]
+        noise = torch.randn((1, *shape), generator=seeded("sample", args.seed, clip.n)).to(pm.device)
+        with stages("denoise"), bar.watching(model):
+            latents = sample(model, noise, [text.to(pm.device)], pooled[None].to(pm.device), **rules)[0]
+        check_finite(latents, clip.prompt)
+        with stages("decode"):
+            pixels = decode(vae, latents, pm.sp_group) if vae else None
+            if pixels is not None and config.image_condition_type == "latent_concat":
+                pixels = pixels[:, 4:]  # the image itself
+        check_finite(pixels, clip.prompt)
+        writes = pm.sp_rank == 0 and not (job.surplus and turn == len(job.mine) - 1)
+        if args.score and writes:
+            scores.append((clip.prompt, Shapes.measure(latents.cpu())))
+        with stages("write"):
+            draw = job.toy and not args.score
+            faults.together(partial(clip.write, latents.cpu(), pixels, draw) if writes else lambda: None)
+        del pixels  # 2 GB at 720p
+    report(pm, args, scores, clock, stages, job.toy)
+    return pm
+
+
+class Job:
+    """What is to be sampled: where the model comes from, the clips to make, and which of them are this rank's group's."""
+
+    def __init__(self, args):
+        self.args, (self.snapshot, config) = args, check_args(args)
+        self.pm = faults.init(args.dp, args.sp, args.device, args.timeout)
+        compare_ranks(self.pm, args, self.snapshot)
+        self.source = Source(self.pm, args, config)
+        self.toy = self.source.config.out_channels == 3
+        self.real = bool(args.weights or self.source.path) and not self.toy  # a toy or a benchmark is made each time
+        prompts = read_prompts(args, self.source.config)
+        shared = made_of(args, self.source, self.snapshot)
+        clips = [Clip(args, n, prompt, len(prompts), shared) for n, prompt in enumerate(prompts)]
+        self.todo = self.leave_out_made(clips)
+        # every group makes as many, since all ranks take the same number of steps: the last one may be another group's
+        self.mine = self.todo[self.pm.dp_rank :: self.pm.dp_size]
+        self.surplus = len(self.mine) < -(-len(self.todo) // self.pm.dp_size)
+        self.mine += self.todo[-1:] * self.surplus
+
+    def leave_out_made(self, clips):
+        """Return the clips to make, equal on all ranks."""
+        faults.on_main(lambda: Path(clips[0].name).parent.mkdir(parents=True, exist_ok=True))
+        todo = faults.on_main(lambda: [clip for clip in clips if not (self.real and clip.is_made())])
+        if self.pm.is_main and len(todo) < len(clips):
+            say(f"{len(clips) - len(todo)} of {len(clips)} clips are there already, made by these flags")
+        return todo
+
+    def encode(self):
+        """Return {prompt: (text, pooled)}, the negative ([text], pooled [1, ..]), and the image's latents or None."""
+        args, prompts, size = (
+            self.args,
+            sorted({clip.prompt for clip in self.todo}),
+            (self.args.width, self.args.height),
+        )
+        image = read_image(args.image) if args.image else None
+        if self.snapshot and not args.embeds:
+            texts, negative = self.snapshot.encode(self.pm, prompts, args.negative_prompt, image, size)
+        else:
+            texts, negative = embed_prompts(args, self.source.config, prompts)
+        negative = [negative[0].to(self.pm.device)], negative[1].to(self.pm.device)[None]
+        return texts, negative, self.snapshot.encode_image(self.pm, image, size) if image else None
+
+
+def check_args(args):
+    """Return the snapshot of --model, or None, and the config, if flags have it, before the ranks meet.
+
+    ValueError for flags that are out of range, or do not go together. Fills in what follows from other flags.
+    """
+    check_range(args, "steps score", 1)
+    check_range(args, "shift", 1e-9)
+    check_range(args, "cfg guidance", 0.0)
+    check_range(args, "seed", 0, 2**62)
+    check_range(args, "timeout", 1e-9, 1e7)
+    attention_kernel(args.attention)
+    if args.image and not args.model:
+        raise ValueError("--image needs --model, an image-to-video snapshot")
+    if args.negative_embeds and (args.negative_prompt or not args.embeds):
+        raise ValueError("--negative_embeds goes with --embeds, in place of --negative_prompt")
+    if not args.output.endswith("/") and not Path(args.output).name:
+        raise ValueError(f"--output {args.output!r} is no name: end a folder's with /")
+    snapshot = Snapshot(args.model, encoders=not args.embeds) if args.model is not None else None
+    config = resolve(args)
+    if snapshot:
+        snapshot.check_image(args.image, args.frames)
+        args.shift = args.shift or snapshot.shift
+    if args.image:
+        read_image(args.image)
+    if config and config.out_channels != 3:
+        latent_shape(config, args.height, args.width, args.frames)
+    lora_files(args.lora)
+    return snapshot, config
+
+
+def compare_ranks(pm, args, snapshot):
+    """Raise ValueError if ranks have other flags or files; settle what depends on the device."""
+    files = [*(args.embeds or ()), args.prompts, args.negative_embeds, args.image]
+    files += snapshot.files() if snapshot else []
+    facts = dict(torch=torch.__version__, device_type=pm.device.type)
+    facts["files"] = [fingerprint([file]) for file in files if file and Path(file).is_file()]
+    pm.check_equal(vars(args) | facts, pm.world_group)
+    args.dtype = str(compute_dtype(args, pm.device)).removeprefix("torch.")
+
+
+def made_of(args, source, snapshot):
+    """Return the fingerprints of the files that all clips are made of; an image is read whole."""
+    facts, files = source.facts(), snapshot.files() if snapshot else []
+    last = [facts.pop()] if source.path else []
+    facts += [fingerprint([file]) for file in files]
+    facts.append(fingerprint([args.negative_embeds] if args.negative_embeds else []))
+    return [*facts, args.image and checksum(args.image), *last]
+
+
+def report(pm, args, scores, clock, stages, toy):
+    """Print the score of the toy, or speed and memory."""
+    everyone = [score for part in faults.together(lambda: scores) for score in part]
+    if not pm.is_main:
+        return
+    if args.score:
+        colours = sum(colour in prompt for prompt, (colour, _) in everyone)
+        directions = sum(prompt.endswith(direction) for prompt, (_, direction) in everyone)
+        say(f"of {len(everyone)} prompts, the colour is right in {colours} and the direction in {directions}")
+    elif not toy:
+        say(json.dumps(clock.report() | stages.report()))
+
+
+if __name__ == "__main__":
+    args = parse()
+    faults.run(partial(infer, args), args.output, args.debug)

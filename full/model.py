@@ -1,0 +1,81 @@
+"""A model to sample from or to export: released weights, what training saved, LoRA files on top. Needs nothing more."""
+
+from pathlib import Path
+
+import torch
+
+from full.checkpoints import Checkpoints
+from full.fa4 import attention_kernel
+from full.files import fingerprint
+from full.flags import compute_dtype, get_config
+from full.lora import lora_files, merge_checkpoint, merge_lora
+from full.weights import load_weights, weight_files
+from hunyuan_sp import HunyuanConfig, HunyuanVideo, init_weights
+
+
+def resolve(args):
+    """Fill in what follows from other flags, and return the config; None if the checkpoint's manifest has it."""
+    if args.checkpoint is None and not (args.model or args.weights or args.config):
+        args.checkpoint = "out"
+    if args.model:
+        args.weights = args.weights or str(Path(args.model) / "transformer")
+    if not args.model and not args.config and args.weights:
+        args.config = "13b"
+    return get_config(args) if args.model or args.config else None
+
+
+class Source:
+    """Where the weights come from: files, a checkpoint of training, or both, if that is a LoRA or goes with --model.
+
+    config: of --model or --config, or None. Collective. FileNotFoundError if there is no whole checkpoint.
+    """
+
+    def __init__(self, pm, args, config):
+        self.pm, self.args, self.path, self.manifest = pm, args, None, {}
+        if args.checkpoint:
+            self.checkpoints = Checkpoints(pm, args.checkpoint, args.timeout)
+            self.path, self.manifest = self.checkpoints.find()
+            trained = HunyuanConfig.from_dict(dict(image_condition_type=None) | self.manifest["config"])
+            if config not in (None, trained):
+                raise ValueError(f"{self.path} is of another model than --model or --config: {trained}, not {config}")
+            config = trained
+        self.config, self.lora = config, bool(self.manifest.get("lora"))
+        if self.lora and not args.weights:
+            raise ValueError(f"{self.path} is a LoRA: give its base model too, with --model or --weights")
+
+    def facts(self):
+        """Return what the weights are made of, for comparison."""
+        files = [*weight_files(self.args.weights)] if self.args.weights else []
+        files += [file for file, _ in lora_files(self.args.lora)]
+        facts = [fingerprint([file]) for file in files]
+        if self.path:
+            facts.append(self.manifest["files"] or fingerprint(sorted(self.path.glob("*.safetensors"))))
+        return facts
+
+    def build_model(self, shard=False, attention="sdpa", compile=False):
+        """Return the model: plain tensors on every rank, or sharded."""
+        pm, args, dtype = self.pm, self.args, compute_dtype(self.args, self.pm.device)
+        tuned = self.path and not self.lora  # the checkpoint has all weights, in float32
+        with torch.device("meta"):
+            model = HunyuanVideo(self.config)
+        model.attention = attention_kernel(attention)
+        if shard:
+            pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype)
+        else:
+            model = (model if tuned else model.to(dtype)).to_empty(device=pm.device)
+        if tuned:
+            params = {name: param.detach() for name, param in model.named_parameters()}
+            average = params if self.manifest.get("ema") else None
+            self.checkpoints.load(self.path, None if average else model, more=average)
+        elif args.weights:
+            load_weights(model, args.weights)
+        else:
+            init_weights(model)
+        if self.lora:
+            merge_checkpoint(model, self.path, self.manifest)
+        for file, strength in lora_files(args.lora):
+            merge_lora(model, file, strength)
+        model = (model if shard else model.to(dtype)).requires_grad_(False)
+        if compile:
+            model.compile_blocks()
+        return model

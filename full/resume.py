@@ -1,0 +1,76 @@
+"""Where a run starts: anew, from the newest checkpoint, or, restarted by torchrun, from its own newest one.
+
+run.json names the run under way in --out, and its launch: a job that torchrun restarts goes on with its own newest
+checkpoint, never with one that an older run left in the same folder. A run's name is the tag of its checkpoints.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from full.faults import on_main
+from full.files import read_json, replace_file
+from full.screen import say
+
+
+def find_start(checkpoints, out, resume=None):
+    """Return (path, manifest) of the checkpoint to go on from; (None, {"tag": ..}) for a new run. Equal on all ranks.
+
+    resume: "yes", "auto" (or start anew) or None.
+    """
+    file = Path(out) / "run.json"
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    launch = f"process {os.getppid()}" if run_id == "none" else run_id
+    # an agent that was replaced, with the same rendezvous id, counts from 0 again
+    restarted = run_id != "none" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+    def name_under_way():
+        try:
+            last = read_json(file) if restarted else {}
+            return str(last["run"]) if last.get("launch") == launch and not last.get("done") else None
+        except (ValueError, KeyError):
+            return None  # none, or none that can be read
+
+    name = on_main(name_under_way)
+    path, state = None, dict(tag=name or on_main(lambda: f"{time.time():.6f}"))
+    try:
+        if name or resume:
+            path, state = checkpoints.find(name)
+    except FileNotFoundError as error:  # fine where there was nothing to go on from
+        if "no whole checkpoint" in str(error) or not name and resume != "auto":
+            raise
+    on_main(lambda: replace_file(file, json.dumps(dict(run=state["tag"], launch=launch))))
+    return path, state
+
+
+def end_run(out, tag):
+    """Note that the run is done: the next one under the same rendezvous id is another one."""
+    on_main(lambda: replace_file(Path(out) / "run.json", json.dumps(dict(run=tag, done=True))))
+
+
+def what_is_trained(args, weights, held):
+    """Return what a checkpoint is of, beside the config. A LoRA's checkpoint does not hold the frozen weights: their
+    fingerprint is part of it."""
+    lora = [args.lora, args.lora_alpha or args.lora, weights] if args.lora else None
+    return dict(lora=lora, ema=args.ema > 0, held_out=len(held or ()))
+
+
+def check_same(config, trained, state, path):
+    """Raise ValueError with what differs from what a checkpoint was trained with."""
+    new = dict(image_condition_type=None, lora=None, ema=False, held_out=trained["held_out"])  # an older checkpoint's
+    was = new | state["config"] | {name: state[name] for name in trained if name in state}
+    now = json.loads(json.dumps(asdict(config) | trained))
+    if wrong := [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]:
+        differences = "; ".join(f"{name}: {was.get(name)} there, {now.get(name)} here" for name in wrong)
+        raise ValueError(f"{path} is of another model: {differences}")
+
+
+def say_changes(args, state):
+    """Print what a resumed run does otherwise than before. Layout and length may change; whatever else does is said."""
+    names = "batch lr warmup clip shift guidance caption_drop ema seed dtype data weights".split()
+    was = state.get("args", {}) | dict(batch=state.get("batch", args.batch))
+    changed = [f"--{n} {getattr(args, n)} (was {was[n]})" for n in names if n in was and was[n] != getattr(args, n)]
+    if changed:
+        say(f"other than before: {', '.join(changed)}")

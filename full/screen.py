@@ -1,0 +1,258 @@
+"""What the user sees: one line that updates in place, log.jsonl, a curve, speed and memory. Only rank 0 speaks."""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def say(text, live=False, end=True):
+    """Print a line. live: one that the next call replaces, on a terminal; `end` keeps it. Nothing is said to a closed pipe."""
+    terminal = sys.stdout.isatty()
+    try:
+        print(f"\r\033[K{text}" if terminal else text, end="" if live and terminal and not end else "\n", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say_some(text, step, steps, shown, always=False):
+    """Print a step's line: each one on a terminal, in place of the last, else some `shown` of them."""
+    if always or sys.stdout.isatty() or step % max(1, steps // shown) == 0 or step == steps:
+        say(text, live=True, end=step == steps)
+
+
+def printed_time(seconds):
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
+def curve(values, columns=64, rows=8):
+    """Plot values in the terminal: each column is the mean of its share of them."""
+    columns = min(columns, len(values))
+    edges = [len(values) * i // columns for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
+    low, high = min(means), max(means)
+    heights = [(v - low) / ((high - low) or 1) * (8 * rows - 1) + 1 for v in means]
+    lines = ["".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, round(h - 8 * row)))] for h in heights) for row in reversed(range(rows))]
+    labels = [f"{high:.4f}", *[""] * (rows - 2), f"{low:.4f}"]
+    return "\n".join(f"{label:>10} │{line}" for label, line in zip(labels, lines)) + f"\n{'loss':>10} └{'─' * columns}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# training
+
+
+class Progress:
+    """A training run on the screen and in log.jsonl."""
+
+    def __init__(self, pm, model, data, args, start):
+        self.pm, self.args, self.start, self.losses, self.skipped = pm, args, start, [], 0
+        if not pm.is_main:
+            return
+        nothing = f" of {args.steps}: nothing to do" if start >= args.steps else ""
+        total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= kind) for kind in (0, 1))
+        some = f", {trained:,} of them trained," * (trained < total)
+        say(
+            f"{total:,} parameters{some} on {pm.world_size} x {pm.device.type} = dp {pm.dp_size} x sp {pm.sp_size}, "
+            f"{len(data)} samples, global batch {args.batch}, from step {start}{nothing}"
+        )
+        path = Path(args.out) / "log.jsonl"
+        if path.exists() and not start:
+            path.replace(path.with_name("log-before.jsonl"))
+            say(f"{args.out} has an earlier run, which --resume would go on with: its log is log-before.jsonl now")
+        self.log, self.board = open(path, "a"), None  # steps that are taken again after a restart stand there twice
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(args.out, purge_step=start + 1)
+
+    def step(self, step, loss, norm, lr, clock, skipped, more):
+        """Report a step. more: what else goes into its line of log.jsonl."""
+        self.losses.append(loss)
+        self.skipped += skipped
+        if not self.pm.is_main:
+            return
+        speed, steps, seconds = clock.rates(), self.args.steps, clock.seconds[-1]
+        self._write(step, dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped) | speed | more)
+        recent = [loss for loss in self.losses if math.isfinite(loss)][-20:] or [math.nan]
+        left = (steps - step) * sum(clock.seconds) / len(self.losses)
+        mfu = f" · MFU {100 * speed['mfu']:.1f} %" if "mfu" in speed else ""
+        if "validation_loss" in more:
+            say(f"step {step}: loss {more['validation_loss']:.5f} on the samples held out")
+        for name in more.get("not_finite", ()):
+            say(f"step {step} is skipped: {name} has values that are not finite")
+        if seconds > 20 and len(self.losses) == 3:
+            say(
+                f"a step takes {seconds:.0f} s, and torchrun kills 30 s after a SIGTERM: start it with --shutdown-timeout "
+                f"{60 + 3 * seconds:.0f} (torch 2.13 and newer), so that a stop is saved"
+            )
+        say_some(
+            f"step {step}/{steps}{' skipped' if skipped else ''} · loss {sum(recent) / len(recent):.4f} · "
+            f"grad norm {norm:.2f} · {seconds:.2f} s/step · {speed['tokens_per_s']} tokens/s{mfu} · "
+            f"{speed['peak_gib']:.1f} GiB · {printed_time(left)} left",
+            step,
+            steps,
+            shown=20,
+            always=len(self.losses) == 1,
+        )
+
+    def _write(self, step, entry):
+        # NaN is no JSON
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        try:
+            self.log.write(json.dumps(entry) + "\n")
+            self.log.flush()
+            for name, value in entry.items() if self.board else ():
+                if type(value) in (int, float) and name != "step":
+                    self.board.add_scalar(name, value, step)
+            if self.board:
+                self.board.flush()
+        except OSError as error:  # it is no reason to stop
+            say(f"step {step} could not be logged: {error}")
+
+    def end(self, clock, step, saved):
+        """Print the curve, the speed as one JSON line, and what was saved. ValueError if nothing was learned."""
+        if self.skipped == len(self.losses) > 0 == self.start:
+            raise ValueError(f"none of {self.skipped} steps had a finite loss and gradient: nothing was learned")
+        if not self.pm.is_main:
+            return
+        if self.losses:
+            say(curve([loss for loss in self.losses if math.isfinite(loss)] or [0.0]))
+            say(json.dumps(clock.report() | dict(skipped=self.skipped)))
+        why = ", stopped by a signal" if step < self.args.steps else ""
+        say(f"saved {self.args.out}/step-{saved}{why}" if saved else f"nothing saved{why}")
+        if self.args.lora and saved:
+            say(f"its LoRA: {self.args.out}/lora.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# speed and memory
+
+
+def forward_flops(config, video, text, linears=1, attention=1):
+    """Count one sample's forward: linears and attention of the blocks, 2 a multiply-add. text: its valid tokens.
+
+    Training takes three times as much; with frozen weights, twice for the linears.
+    """
+    dim, blocks, n = config.hidden_size, config.double_depth + config.single_depth, video + text
+    of_linears = (8 + 4 * config.mlp_ratio) * dim * dim * n * blocks
+    return linears * of_linears + attention * 4 * dim * n * n * blocks
+
+
+class Clock:
+    """Seconds, tokens and FLOPs of each step; the last one may run under torch's profiler, and then does not count.
+
+    traces: where to write its Chrome traces, TRACES-RANK.json.gz; None for no profile. wait: until the GPU is done, before
+    and after a step; training does so by itself, when it asks for the loss.
+    """
+
+    PEAK_TFLOPS = dict(A100=312, H100=989, H200=989, B200=2250)  # dense bf16, by the vendor's datasheets
+
+    def __init__(self, pm, steps, traces=None, wait=False):
+        self.pm, self.steps, self.traces, self.wait = pm, steps, traces, wait and pm.device.type == "cuda"
+        self.seconds, self.work, self.profiler = [], [], None
+        if traces:
+            gpu = [ProfilerActivity.CUDA] * (pm.device.type == "cuda")
+            self.profiler = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)
+
+    def start(self):
+        """Begin a step."""
+        if self.profiler and len(self.seconds) == self.steps - 1:
+            self.profiler.start()
+        self.began = self.now()
+
+    def now(self):
+        if self.wait:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def stop(self, tokens, flops):
+        """End a step of so many tokens and FLOPs, over all ranks."""
+        self.seconds.append(self.now() - self.began)
+        self.work.append((tokens, flops))
+        self.peak = torch.cuda.max_memory_allocated() if self.pm.device.type == "cuda" else 0
+        if self.profiler and len(self.seconds) == self.steps:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(f"{self.traces}-{self.pm.rank}.json.gz")
+
+    def rates(self, step=-1):
+        """Return one step's figures, over all ranks; tflops and the share of a known GPU's peak are per rank."""
+        seconds, (tokens, flops), cuda = self.seconds[step], self.work[step], self.pm.device.type == "cuda"
+        tflops = flops / seconds / 1e12 / self.pm.world_size
+        figures = dict(s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds))
+        figures |= dict(tflops_per_rank=round(tflops, 4))
+        if not cuda:
+            return figures | dict(peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
+        name = torch.cuda.get_device_name(self.pm.device)
+        if peak := next((peak for gpu, peak in self.PEAK_TFLOPS.items() if gpu in name), None):
+            figures |= dict(mfu=round(tflops / peak, 4))
+        memory = dict(peak_gib=self.peak, resident_gib=torch.cuda.memory_allocated())
+        return figures | {name: round(value / 2**30, 2) for name, value in memory.items()}
+
+    def report(self):
+        """Return the median step's. The first two compile, allocate, and in training multiply zeros, as blocks begin as identities."""
+        counted = len(self.seconds) - bool(self.profiler and len(self.seconds) == self.steps > 1)
+        timed = range(2, counted) or range(counted)[-1:]
+        median = sorted(timed, key=lambda step: self.seconds[step])[len(timed) // 2]
+        return self.rates(median) | dict(timed_steps=max(0, counted - 2))
+
+
+class Stages:
+    """Seconds and peak memory of what is done under `with stages(name)`, on this rank."""
+
+    def __init__(self, pm):
+        self.pm, self.spent = pm, {}
+
+    @contextlib.contextmanager
+    def __call__(self, name):
+        cuda, began = self.pm.device.type == "cuda", time.perf_counter()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0  # synchronises
+        seconds, most = self.spent.get(name, (0.0, 0.0))
+        self.spent[name] = seconds + time.perf_counter() - began, max(most, gib)
+
+    def report(self):
+        return {name: dict(s=round(seconds, 2), gib=round(gib, 2)) for name, (seconds, gib) in self.spent.items()}
+
+
+class Bar:
+    """Sampling on the screen: `with bar.watching(model)` reports each of its forwards; `clock` times the first round."""
+
+    def __init__(self, pm, clock, rounds, clips, quiet=False):
+        self.pm, self.clock, self.steps, self.clips = pm, clock, rounds * clock.steps, clips
+        self.done, self.spent, self.shows = 0, 0.0, pm.is_main and not quiet
+
+    @contextlib.contextmanager
+    def watching(self, model):
+        hooks = model.register_forward_pre_hook(self.start), model.register_forward_hook(self.stop)
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    def start(self, model, args):
+        self.began = time.perf_counter()
+        if self.done < self.clock.steps:
+            self.clock.start()
+
+    def stop(self, model, args, velocity):
+        if self.done < self.clock.steps:
+            video = velocity[0, 0].numel() // math.prod(model.config.patch_size)
+            flops = sum(forward_flops(model.config, video, length) for length in args[3])
+            self.clock.stop(len(velocity) * video, flops)
+        self.done += 1
+        self.spent += time.perf_counter() - self.began
+        per_step, per_clip = self.spent / self.done, self.clock.steps
+        round_now, step = divmod(self.done - 1, per_clip)
+        if self.shows:
+            clip = min(round_now * self.pm.dp_size + 1, self.clips)
+            left = printed_time(per_step * (self.steps - self.done))
+            line = f"clip {clip} of {self.clips} · step {step + 1}/{per_clip} · {per_step:.2f} s/step · {left} left"
+            say_some(line, step + 1, per_clip, shown=4)

@@ -1,0 +1,181 @@
+"""A released snapshot in the diffusers layout: its VAE, and its text encoders. Each part loads alone; there is no pipeline.
+
+Needs diffusers and transformers (the extra [pipeline]), imported where they are used.
+"""
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from full.faults import on_main
+from full.files import open_safetensors
+from full.flags import scheduler_shift
+from full.names import config_from_diffusers
+from full.screen import say
+from full.vae import encode_frames
+from full.video import check_encoder
+from full.weights import weight_files
+
+PARTS = "transformer vae scheduler".split()
+ENCODERS = "text_encoder text_encoder_2 tokenizer tokenizer_2".split()  # and image_processor, if there is one
+
+
+class Snapshot:
+    """A folder with the parts of a model, and what comes out of its encoders.
+
+    encoders: whether the text encoders will be used. ValueError if a part or the extra is missing.
+    """
+
+    def __init__(self, folder, encoders=True):
+        self.folder = Path(folder)
+        missing = [name for name in ("diffusers", "transformers", "av") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"--model needs {', '.join(missing)}: pip install -e '.[pipeline]'")
+        check_encoder()
+        for part in PARTS + ENCODERS * encoders:
+            if not (self.folder / part).is_dir():
+                raise ValueError(f"{self.folder} is not a snapshot in the diffusers layout: it has no {part}/")
+        self.config = config_from_diffusers(self.folder / "transformer/config.json")
+        self.kind = self.config.image_condition_type
+        self.shift = scheduler_shift(self.folder)
+
+    def check_image(self, image, frames):
+        """Raise ValueError if an image is given to a model that takes none, or none to one that takes it."""
+        if bool(image) != bool(self.kind):
+            wanted = "its first frame: give --image" if self.kind else "no --image"
+            raise ValueError(f"{self.folder} is a {self.kind or 'text-to-video'} model, which takes {wanted}")
+        if self.kind == "latent_concat" and frames < 5:
+            raise ValueError(f"--frames {frames}: a latent_concat model gives 4 frames fewer, so 5 at least")
+
+    def files(self):
+        """Return all files but the DiT's weights."""
+        parts = [self.folder / part for part in (*PARTS[1:], *ENCODERS, "image_processor")]
+        return [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
+
+    def encode(self, pm, prompts, negative_prompt="", image=None, size=None):
+        """Return {prompt: (text, pooled)}, on every rank, and the negative prompt's (text, pooled).
+
+        image: the first frame, for image-to-video, and size: (width, height). Rank 0 encodes, each prompt once, and frees
+        the encoders; a host never holds them twice.
+        """
+        from PIL import Image
+
+        encoders, texts = [], {}  # of rank 0 alone
+        self._on_main(lambda: encoders.append(TextEncoders(self, pm.device)))
+        for prompt in dict.fromkeys(prompts):
+            texts[prompt] = self._on_main(lambda prompt=prompt: encoders[0](prompt, image))
+        black = Image.new("RGB", size) if image else None  # as diffusers does
+        negative = self._on_main(lambda: encoders[0](negative_prompt, black, every=2))
+        encoders.clear()
+        if pm.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return texts, negative
+
+    def encode_image(self, pm, image, size):
+        """Return the latents [1, 16, 1, h, w] of the first frame, on every rank."""
+        from PIL import Image
+
+        first = image.resize(size, Image.Resampling.LANCZOS)
+        latents = self._on_main(lambda: encode_frames(self.vae(pm.device), [first]).cpu())
+        if pm.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return latents.to(pm.device)
+
+    def _on_main(self, function):
+        return on_main(lambda: of_library(self.folder, function))
+
+    def vae(self, device):
+        """Load the VAE in its released dtype, with tiles."""
+        from diffusers import AutoencoderKLHunyuanVideo
+
+        with open_safetensors(weight_files(self.folder / "vae")[0]) as handle:
+            dtype = handle.get_tensor(next(iter(handle.keys()))).dtype
+        rules = dict(dtype=dtype, low_cpu_mem_usage=False)  # which would need accelerate
+        load = partial(load_whole, AutoencoderKLHunyuanVideo, self.folder / "vae", **rules)
+        vae = of_library(self.folder / "vae", load).to(device).requires_grad_(False)
+        vae.enable_tiling()
+        return vae
+
+
+def load_whole(kind, folder, **more):
+    """Load a model by its library. ValueError for weights that are missing, which libraries fill with random numbers."""
+    model, report = kind.from_pretrained(folder, output_loading_info=True, **more)
+    if lost := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise ValueError(f"{folder} lacks {len(lost)} weights, {lost[0]} among them")
+    return model
+
+
+def of_library(where, function):
+    """Call a function of a library; whatever goes wrong there is a ValueError of one sentence."""
+    try:
+        return function()
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{where}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+
+
+class TextEncoders:
+    """A snapshot's LLaMA (LLaVA for image-to-video) and CLIP, in their released dtype, and without the two layers of the first
+    that are not used: prompt -> text [L, text_dim] of valid tokens, pooled [pooled_dim].
+
+    256 tokens may follow the template's head: the prompt's and the template's end, which is one mark, or for image-to-video
+    five, of which the last one is kept. Source: diffusers 0.42, whose pipelines' text is the same.
+    """
+
+    def __init__(self, snapshot, device):
+        import transformers
+
+        transformers.logging.set_verbosity_error()  # it would report the layers that are left out
+        transformers.logging.disable_progress_bar()
+        from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
+
+        folder, for_image = snapshot.folder, snapshot.config.image_condition_type is not None
+        module = pipeline_hunyuan_video_image2video if for_image else pipeline_hunyuan_video
+        self.template, self.head = module.DEFAULT_PROMPT_TEMPLATE["template"], 103 if for_image else 95
+        # AutoTokenizer, or the class that the release names, may split by other rules: what counts is checked
+        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+        head = len(self.tokenizer(self.template.partition("{}")[0]).input_ids)
+        if head != self.head:
+            told = f"the template's head is {head} tokens, not {self.head}"
+            raise ValueError(f"{folder / 'tokenizer'} is another one: {told}")
+
+        config = transformers.AutoConfig.from_pretrained(folder / "text_encoder")
+        text_config = config.text_config if for_image else config
+        text_config.num_hidden_layers -= 2
+        kind = transformers.LlavaForConditionalGeneration if for_image else transformers.LlamaModel
+        llama = load_whole(kind, folder / "text_encoder", config=config, dtype="auto").to(device).eval()
+        self.llama, self.device = llama.model if for_image else llama, device
+        (self.llama.language_model if for_image else self.llama).norm = torch.nn.Identity()
+        self.clip_tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+        self.clip = load_whole(transformers.CLIPTextModel, folder / "text_encoder_2", dtype="auto").to(device).eval()
+        if for_image:
+            self.image_token = config.image_token_index
+            self.processor = transformers.CLIPImageProcessor.from_pretrained(folder / "image_processor")
+            self.every = 4 if snapshot.config.image_condition_type == "token_replace" else 2
+
+    @torch.no_grad()
+    def __call__(self, prompt, image=None, every=None):
+        """every: 4 keeps every fourth of the image's 576 tokens; by default what the kind of model was trained with."""
+        ids = self.tokenizer(self.template.format(prompt)).input_ids
+        end = 1 if image is None else 5
+        count, most = len(ids) - self.head - end, 257 - end
+        if count > most:
+            say(f"{prompt[:40]!r}.. has {count} tokens: what follows the first {most} is cut off")
+        ids = ids[: self.head + 256]
+        if image is None:
+            text = self._states(ids)[self.head :]
+        else:
+            place = ids.index(self.image_token)
+            pixels = self.processor(image, return_tensors="pt").pixel_values.to(self.device, self.llama.dtype)
+            states = self._states([*ids[:place], *[self.image_token] * 576, *ids[place + 1 :]], pixel_values=pixels)
+            seen, words = states[place : place + 576 : every or self.every], states[self.head + 575 :]
+            text = torch.cat((seen, words[: min(count, most)], words[-1:] if count < most else words[:0]))
+        clip_ids = self.clip_tokenizer(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+        pooled = self.clip(torch.tensor([clip_ids], device=self.device)).pooler_output[0]
+        return text.float().cpu(), pooled.float().cpu()
+
+    def _states(self, ids, **more):
+        return self.llama(input_ids=torch.tensor([ids], device=self.device), **more).last_hidden_state[0]

@@ -1,0 +1,287 @@
+"""Train or fine-tune on real data: released weights, LoRA, an average, validation, offloading, faults and restarts.
+
+    $ torchrun --nproc_per_node=8 -m full.train --config 13b --sp 4 --data latents/ --weights transformer/ --resume
+    $ torchrun --nproc_per_node=1 -m full.train --model SNAPSHOT --data latents/ --lora 32 --validate_every 100 --out cat
+
+Its steps are train_min.py's `train_step`; latents/ is what full.encode writes. --sample_prompt needs the extra [pipeline].
+"""
+
+import contextlib
+import math
+import os
+import zlib
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.utils.data import DataLoader
+
+from full import faults
+from full.average import Average
+from full.checkpoints import Checkpoints
+from full.clips import Preview
+from full.fa4 import attention_kernel
+from full.files import fingerprint
+from full.flags import check_train, compute_dtype, default_batch, get_config, is_benchmark, parse_train
+from full.folder import build_data, contents_of, hold_out, name_of
+from full.lora import add_lora, save_lora
+from full.offload import offloaded
+from full.resume import check_same, end_run, find_start, say_changes, what_is_trained
+from full.screen import Clock, Progress, forward_flops
+from full.weights import load_weights, weight_files
+from hunyuan_sp import HunyuanVideo, init_weights
+from sampler import DPSPBatchSampler
+from train_min import collate, count_tokens, flow_loss, learning_rate, to_device, train_step
+
+MAX_SKIPPED = 10  # steps in a row without finite gradients that end a run
+CHECK_EVERY = 100  # steps between checks that sp ranks share their samples
+
+# --------------------------------------------------------------------------------------------------------------------
+# the story
+
+
+def train(args):
+    """Build everything, take the steps, save. Return the ParallelManager."""
+    run = Run(args)
+    pm, step, saved, skipped = run.pm, run.start, run.start, 0  # skipped: steps in a row
+    clock = Clock(pm, args.steps - step, f"{args.out}/trace" if args.profile else None)
+    progress = Progress(pm, run.model, run.data, args, step)
+    rules = dict(clip=args.clip, guidance=args.guidance, checkpointing=args.checkpointing)
+    activations = offloaded if "activations" in args.offload else contextlib.nullcontext
+
+    save, stop, ready = run.requests()  # made while all that was built
+    while step < args.steps and not stop:
+        clock.start()
+        step += 1
+        micro_batches = [next(run.stream) for _ in range(run.sampler.micro_batches)]
+        if step - run.start <= 3 or step % CHECK_EVERY == 1:
+            check_samples(pm, micro_batches, step)
+        lr = learning_rate(step, args)
+        with activations():
+            loss, norm = train_step(pm, run.model, run.optimizer, micro_batches, lr, **rules)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        run.average.update(skip=not finite)
+        run.sampler.advance()
+        clock.stop(*work_of(pm, run.model.config, micro_batches, args))
+
+        # one sum says what all ranks were asked by signals
+        save, stop, ready = run.requests()
+        more = {} if finite else dict(not_finite=name_odd_samples(micro_batches, run.data))
+        if run.held and not stop and (step % args.validate_every == 0 or step == args.steps):
+            more |= run.validate(step)
+            stop = run.requests()[1]  # that took a while
+        progress.step(step, loss, norm, lr, clock, skipped=not finite, more=more)
+
+        skipped = 0 if finite else skipped + 1
+        if skipped >= MAX_SKIPPED:
+            run.checkpoints.finish()
+            last = f"{args.out}/step-{saved}" if saved else "none"
+            raise ValueError(
+                f"{skipped} steps in a row, the last one {step}, had no finite loss and gradient (loss {loss}, norm {norm}): "
+                f"the last checkpoint is {last}"
+            )
+        if ready:
+            run.checkpoints.finish()
+        if save or save_is_due(step, stop, args):
+            run.save(step)
+            saved = step
+    run.checkpoints.finish()
+    if step >= args.steps:
+        end_run(args.out, run.state["tag"])
+    progress.end(clock, step, saved)
+    return pm
+
+
+class Run:
+    """What a run is made of, built on every rank; and what happens between its steps."""
+
+    def __init__(self, args):
+        config = get_config(args)
+        check_train(args, config)
+        if args.model and not args.data:
+            raise ValueError("--model needs --data, a folder that full.encode has written")
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
+            torch.use_deterministic_algorithms(True)
+        self.data, self.held = hold_out(build_data(config, args), args)
+        weights = fingerprint(weight_files(args.weights)) if args.weights else ""
+
+        # who am I; which samples are mine; where did we stop
+        pm = faults.init(args.dp, args.sp, args.device, args.timeout)
+        facts = dict(
+            torch=torch.__version__, device_type=pm.device.type, data=contents_of(self.data), weight_files=weights
+        )
+        pm.check_equal(vars(args) | facts, pm.world_group)
+        self.args, self.pm, self.signals = args, pm, faults.catch_signals()
+        self.checkpoints = Checkpoints(pm, args.out, args.timeout)
+        self.checkpoints.claim()
+        path, self.state = find_start(self.checkpoints, args.out, args.resume)  # a new run's state is its tag alone
+        args.batch = args.batch or self.state.get("batch") or default_batch(args, pm.dp_size)
+        kinds = dict(shapes=self.data.shapes, names=self.data.names)  # a step takes samples of one shape
+        layout = pm.dp_rank, pm.dp_size, args.accumulation
+        self.sampler = DPSPBatchSampler(len(self.data), args.batch, *layout, args.seed, **kinds)
+        self.trained = what_is_trained(args, weights, self.held)
+        if path:
+            check_same(config, self.trained, self.state, path)
+            self.sampler.load_state_dict(self.state["sampler"])
+            if pm.is_main:
+                say_changes(args, self.state)
+        self.start = self.state.get("step", 0)
+        self.preview = build_preview(config, pm, args, self.data)  # its encoders are gone before the model comes
+        self.model, self.optimizer, self.average = build_model(config, pm, args, self.checkpoints, path)
+        self.stream = batches(self.data, self.sampler, pm, args)
+
+    def requests(self):
+        """Return whether any rank was asked to save, to stop, and whether all ranks have written the last save."""
+        flags = [self.signals["save"], self.signals["stop"], self.checkpoints.ready()]
+        save, stop, ready = self.pm.sum(torch.tensor(flags, dtype=torch.int64), self.pm.world_group).tolist()
+        self.signals["save"] &= not save  # one save serves every request received so far
+        return save, stop, ready == self.pm.world_size
+
+    def validate(self, step):
+        """Measure the loss on what is held out, and make the preview, with the average if there is one."""
+        with self.average.used():
+            loss = validate(self.model, self.held, self.pm, self.args)
+            if self.preview:
+                self.preview.write(self.model, f"{self.args.out}/sample-{step}")
+        return dict(validation_loss=loss)
+
+    def save(self, step):
+        """Start saving a checkpoint, and write the LoRA."""
+        args, pm = self.args, self.pm
+        extra = dict(
+            config=asdict(self.model.config), args=vars(args), layout=[pm.dp_size, pm.sp_size], batch=args.batch
+        )
+        extra |= self.trained | dict(sampler=self.sampler.state_dict())
+        rest = dict(more=self.average.values, copy="weights" not in args.offload)
+        self.checkpoints.save(step, self.model, self.optimizer, extra, self.state["tag"], args.keep, **rest)
+        if args.lora:
+            with self.average.used():
+                faults.together(partial(save_lora, self.model, f"{args.out}/lora.safetensors"))
+
+
+def save_is_due(step, stop, args):
+    """Return whether to save after this step: every --save_every steps, at the end and at a stop; noise only if asked."""
+    every = args.save_every or (0 if is_benchmark(args) else args.steps)
+    return bool(every) and (stop or step % every == 0 or step == args.steps)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what a run builds
+
+
+def build_model(config, pm, args, checkpoints, path):
+    """Build the model, on the meta device first so that no rank ever holds all weights, its optimizer and its average.
+
+    path: the checkpoint that they come from, or None.
+    """
+    dtype = compute_dtype(args, pm.device)
+    with torch.device("meta"):
+        model = HunyuanVideo(config)
+        if args.lora:  # beside frozen weights in the dtype that is computed in
+            add_lora(model.to(dtype), args.lora, args.lora_alpha)
+    model.attention = attention_kernel(args.attention)
+    host = CPUOffloadPolicy(pin_memory=pm.device.type == "cuda") if "weights" in args.offload else None
+    pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype, args.shard_size, offload_policy=host)
+    faults.limit_waits(next(model.parameters()).device_mesh, args.timeout)
+    if host and pm.device.type == "cuda":  # AdamW then runs on CPUs, and torchrun gives a rank one thread
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    # a checkpoint, loaded last, holds all that is trained: of a LoRA not the frozen weights
+    if args.lora or not path:
+        if args.weights:
+            load_weights(model, args.weights)
+        init_weights(model, args.seed, "lora_" if args.weights else "", pm.device)
+    if args.compile:
+        model.compile_blocks()
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.99), weight_decay=0.01, fused=True)
+    average = Average(model, args.ema)
+    if path:
+        checkpoints.load(path, model, optimizer, average.values)
+    return model, optimizer, average
+
+
+def build_preview(config, pm, args, data):
+    """Return what makes the clips of --sample_prompt, of the largest sample's shape; None without it."""
+    if args.sample_prompt is None:
+        return None
+    shape = max(data.shapes, key=math.prod) if data.shapes else data[0][1].shape
+    return Preview(pm, config, shape, args.sample_prompt, args.model)
+
+
+def batches(data, sampler, pm, args):
+    """Yield batches without end; every pass over the loader is what is left of the sampler's epoch."""
+    loader = DataLoader(
+        data,
+        batch_sampler=sampler,
+        collate_fn=partial(collate, seed=args.seed, shift=args.shift, caption_drop=args.caption_drop),
+        num_workers=args.workers,
+        pin_memory=pm.device.type == "cuda",
+        worker_init_fn=faults.ignore_signals,
+        timeout=args.timeout if args.workers else 0,
+    )
+    while True:
+        yield from loader
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what is measured and checked
+
+
+@torch.no_grad()
+def validate(model, held, pm, args):
+    """Return the mean flow loss over the samples held out, each at four noise levels with the same noise every time.
+
+    It is far quieter than the training loss, and the same on any layout. A batch is as large as training's micro-batch.
+    """
+    total, count = torch.zeros((), device=pm.device), 0.0
+    size = pm.dp_size * -(-args.batch // (pm.dp_size * args.accumulation))
+    for sigma in (0.2, 0.4, 0.6, 0.8):
+        sampler = DPSPBatchSampler(len(held), size, pm.dp_rank, pm.dp_size, shapes=held.shapes, names=held.names)
+        rules = partial(collate, seed=0, shift=1.0, caption_drop=0.0, sigma=sigma)
+        for batch in DataLoader(held, batch_sampler=sampler, collate_fn=rules):
+            total += flow_loss(model, to_device(batch, pm.device), args.guidance, pm.sp_group)
+            count += count_tokens(batch, model.config)
+    return (pm.sum(total.double(), pm.world_group) / pm.sum(count, pm.dp_group)).item()
+
+
+def work_of(pm, config, micro_batches, args):
+    """Return a step's (tokens, FLOPs) over all ranks: samples that carry weight, forward and backward."""
+    tokens = flops = 0.0
+    for batch in micro_batches:
+        video = math.prod(batch["target"].shape[2:]) // math.prod(config.patch_size)
+        text = sum(batch["lengths"]) / len(batch["lengths"])
+        tokens += count_tokens(batch, config)
+        # frozen weights have no gradients of their own
+        flops += batch["weight"].sum().item() * forward_flops(config, video, text, 2 if args.lora else 3, 3)
+    return pm.sum(torch.tensor([tokens, flops], dtype=torch.float64), pm.dp_group).tolist()
+
+
+def check_samples(pm, micro_batches, step):
+    """Raise ValueError for the classic silent bug: sp ranks that work on different samples, or on one that each has
+    augmented for itself."""
+
+    def sums(batch):
+        tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
+        return {name: zlib.crc32(x.contiguous().view(torch.uint8).numpy()) for name, x in tensors.items()}
+
+    facts = dict(step=step, samples=[batch["samples"] for batch in micro_batches])
+    facts |= dict(shapes=[[list(batch[name].shape) for name in ("latents", "text")] for batch in micro_batches])
+    pm.check_equal(facts | dict(contents=[sums(batch) for batch in micro_batches]), pm.sp_group)
+
+
+def name_odd_samples(micro_batches, data):
+    """Return the names of a step's samples that hold a value that is not finite, on any rank."""
+
+    def odd():
+        parts = ("samples", "target", "text", "pooled", "image")
+        rows = [row for b in micro_batches for row in zip(*(b[name] for name in parts if name in b))]
+        return [name_of(data, i) for i, *parts in rows if not all(part.isfinite().all() for part in parts)]
+
+    return sorted({name for names in faults.together(odd) for name in names})
+
+
+if __name__ == "__main__":
+    args = parse_train(__doc__)
+    faults.run(partial(train, args), args.out, args.debug)

@@ -1,0 +1,106 @@
+"""The VAE's tiles, shared out over the ranks of a group, so that any number of ranks gives the same frames. Needs diffusers."""
+
+import math
+
+import torch
+
+from comm import all_to_all, group_rank, group_size
+
+
+@torch.no_grad()
+def encode_frames(vae, frames):
+    """Encode RGB images of one size -> latents [1, 16, T, h, w], float32: the posterior's mean, scaled."""
+    width, height = frames[0].size
+    pixels = [torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).view(height, width, 3) for x in frames]
+    video = (torch.stack(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1).to(vae.device, vae.dtype)
+    return vae.encode(video).latent_dist.mode().float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode(vae, latents, group=None):
+    """Decode latents [16, T, h, w], equal on all ranks -> pixels [3, F, H, W] on the group's first rank, None on the others.
+
+    Tiles, blending and result are those of diffusers' AutoencoderKLHunyuanVideo after enable_tiling(). One rank decodes a
+    tile, by itself, so that the frames are the same from any number of ranks.
+    """
+    rank, z = group_rank(group), (latents.to(vae.dtype) / vae.config.scaling_factor)[None]
+    times, rows, columns = plan = decode_plan(vae, latents.shape[1:])
+    tiles = [(t, y, x) for t in times for y in rows for x in columns]
+    shapes = [(3, *(n * (b - a - first) + first for n, first, (a, b) in zip((4, 8, 8), (1, 0, 0), t))) for t in tiles]
+    sizes = [math.prod(shape) for shape in shapes]
+    owners, counts = share_out(sizes, group_size(group))
+    mine, place = z.new_empty(1, counts[rank]), 0
+    for tile, size, owner in zip(tiles, sizes, owners):
+        if owner == rank:
+            (t0, t1), (y0, y1), (x0, x1) = tile
+            part = z[:, :, t0:t1, y0:y1, x0:x1]
+            mine[0, place : place + size] = vae.decoder(vae.post_quant_conv(part)).flatten()
+            place += size
+    everything = all_to_all(mine, group, 0, 1, [1] + [0] * (len(counts) - 1), counts)  # all of it to the first rank
+    if rank > 0:
+        return None
+    order = sorted(range(len(tiles)), key=lambda n: owners[n])  # as they arrive: rank by rank
+    parts = dict(zip(order, everything[0].split([sizes[n] for n in order])))
+    decoded = {tile: parts[n].view(shape) for n, (tile, shape) in enumerate(zip(tiles, shapes))}
+    frames, height, width = 4 * latents.shape[1] - 3, 8 * latents.shape[2], 8 * latents.shape[3]
+    return blend_tiles(vae, plan, decoded)[:, :frames, :height, :width]
+
+
+def decode_plan(vae, shape):
+    """Return the spans (start, stop) that cut latents (T, h, w): in time, in height, in width."""
+
+    def spans(length, tile, stride, several):
+        return [(a, min(a + tile, length)) for a in range(0, length, stride)] if several else [(0, length)]
+
+    T, h, w = shape
+    frames, every = vae.tile_sample_min_num_frames // 4, vae.tile_sample_stride_num_frames // 4
+    tiles = vae.tile_sample_min_height // 8, vae.tile_sample_min_width // 8
+    strides = vae.tile_sample_stride_height // 8, vae.tile_sample_stride_width // 8
+    several = h > tiles[0] or w > tiles[1]
+    times = spans(T, frames + 1, every, T > frames)
+    # all but the first time span drop their first pixel frame: a span of one latent frame would leave nothing
+    times = [(a, b) for a, b in times if a == 0 or b - a > 1]
+    return times, spans(h, tiles[0], strides[0], several), spans(w, tiles[1], strides[1], several)
+
+
+def share_out(sizes, ranks):
+    """Deal out the largest first, each to the rank with the least so far: (the owner of each, what each rank has)."""
+    owners, counts = [0] * len(sizes), [0] * ranks
+    for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        owners[n] = counts.index(min(counts))
+        counts[owners[n]] += sizes[n]
+    return owners, counts
+
+
+def blend_tiles(vae, plan, decoded):
+    """Join {(time, row, column): pixels [3, f, y, x]} -> [3, F, H, W]: each with its neighbours as they are after their own
+    blending, above first, then left; time after space."""
+    clips, (times, rows, columns) = [], plan
+    axes = ("num_frames", "height", "width")
+    stride_t, stride_h, stride_w = strides = [getattr(vae, f"tile_sample_stride_{axis}") for axis in axes]
+    sizes = [getattr(vae, f"tile_sample_min_{axis}") for axis in axes]
+    overlap_t, overlap_h, overlap_w = (size - stride for size, stride in zip(sizes, strides))
+    for time_span in times:
+        grid = [[decoded[time_span, row, column] for column in columns] for row in rows]
+        for i, line in enumerate(grid):
+            for j, tile in enumerate(line):
+                if i > 0:
+                    blend(grid[i - 1][j], tile, 2, overlap_h)
+                if j > 0:
+                    blend(line[j - 1], tile, 3, overlap_w)
+        if len(rows) * len(columns) > 1:
+            grid = [[tile[:, :, :stride_h, :stride_w] for tile in line] for line in grid]
+        clip = torch.cat([torch.cat(line, 3) for line in grid], 2)
+        if clips:
+            clip = clip[:, 1:]
+            blend(clips[-1], clip, 1, overlap_t)
+        clips.append(clip)
+    return torch.cat([clip[:, : stride_t + (n == 0)] for n, clip in enumerate(clips)], 1)
+
+
+def blend(before, tile, dim, length):
+    """Fade from the end of `before` into the start of `tile`, in place."""
+    length = min(length, before.shape[dim], tile.shape[dim])
+    k = (torch.arange(length, dtype=torch.float64) / length).view(-1, *[1] * (tile.dim() - 1 - dim)).to(tile.device)
+    end, start = before.narrow(dim, before.shape[dim] - length, length), tile.narrow(dim, 0, length)
+    start.copy_(end * (1 - k).to(tile.dtype) + start * k.to(tile.dtype))
