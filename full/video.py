@@ -79,12 +79,15 @@ def to_bytes(clip):
 
 
 def strip(frames, count=6, height=240):
-    """Return frames [F, H, W, 3] as the bytes of a .png with some of them side by side, for a look without a player."""
+    """Return frames [F, H, W, 3] as the bytes of a .png with some of them side by side, for a look without a player.
+
+    A single frame is the picture itself, at its full size.
+    """
     from PIL import Image
 
     picked = frames[torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()]
     row = Image.fromarray(torch.cat([*picked], 1).numpy())
-    data, scale = io.BytesIO(), min(1.0, height / row.height)
+    data, scale = io.BytesIO(), min(1.0, height / row.height) if len(frames) > 1 else 1.0
     row.resize((round(row.width * scale), round(row.height * scale))).save(data, format="png")
     return data.getvalue()
 
@@ -109,7 +112,11 @@ def mp4(frames, rate=24):
     with av.open(data, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=rate, options=dict(crf="18"))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        colours = stream.codec_context  # as players expect: limited range, BT.709, and tagged as such
+        colours.colorspace = colours.color_primaries = colours.color_trc = colours.color_range = 1
         for frame in frames.numpy():
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return data.getvalue()
