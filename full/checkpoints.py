@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from full.faults import on_main, sentence_of, together
-from full.files import checksum, read_json, replace_file
+from full.files import checksum, printable, read_json, replace_file
 from train_min import FLAT, tensors_of
 
 FILE_BYTES = 2 << 30  # about so many in each file that a rank writes
@@ -87,16 +87,19 @@ class Checkpoints:
         # not rank 0: a lock of POSIX is lost when its process closes the file, however often it has it open
         together((lambda: None) if self.manager.is_main else look)
 
-    def save(self, step, model, optimizer, extra, tag="", keep=0, more=None, copy=True):
+    def save(self, step, model, optimizer, extra, tag="", keep=0, more=None, copy=True, beside=None):
         """Start saving weights, optimizer and `extra` (JSON) as step-N; training may go on when this returns.
 
         `finish` completes it. keep: so many checkpoints with this tag stay, the newest (0: all). more: other tensors, by name.
         copy: the state is copied to the CPU and written beside training; without it this returns when all is written.
+        beside: a function that writes another .safetensors into the folder that it is given; all ranks call it.
         """
         self.finish()
         manager, temporary = self.manager, self.folder / f"tmp-step-{step}"
         _check_state(model, optimizer)
         on_main(partial(make_empty, temporary))
+        if beside:
+            together(partial(beside, temporary))
         tensors, held, files = _tensors(model, optimizer, more), 0, {}
         for name, tensor in tensors.items():  # each rank builds a file in memory before it writes it
             files[name], held = 1 + held // (FILE_BYTES * manager.world_size), held + tensor.numel() * tensor.itemsize
@@ -171,7 +174,7 @@ class Checkpoints:
             except (OSError, ValueError) as problem:
                 problems += [problem] if manifest or tag is None else []  # else nobody knows whose it is
                 if manager.is_main:
-                    print(f"skipping {path}: {problem}", file=sys.stderr, flush=True)
+                    print(printable(f"skipping {path}: {problem}"), file=sys.stderr, flush=True)
         if problems:
             raise FileNotFoundError(f"no whole checkpoint in {self.folder}: {problems[0]}")
         raise FileNotFoundError(f"no checkpoint in {self.folder}: there is no step-N folder in it")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from full.faults import together
-from full.files import fingerprint, read_text, read_utf8, replace_file, save_tensors, was_made_by
+from full.files import fingerprint, printable, read_text, read_utf8, replace_file, save_tensors, was_made_by
 from full.screen import say
 from full.snapshot import Snapshot
 from full.vae import decode
@@ -16,9 +16,7 @@ from sampler import seeded
 from train_min import Shapes
 
 # flags that do not change what is in a clip, those of earlier versions too; its checkpoint's files are among `shared`
-OUTSIDE = (
-    "output embeds prompts dp sp shard device compile attention timeout profile debug score checkpoint naming export"
-)
+OUTSIDE = "output embeds prompts dp sp shard device compile attention timeout profile debug score checkpoint naming export given"
 
 
 class Clip:
@@ -59,7 +57,7 @@ def write_clip(name, prompt, latents, pixels=None, draw=False, **header):
     elif len(latents) == 3:
         gif(latents, name)
     if draw:
-        say(f"{prompt}\n{colour_blocks(latents)}")
+        say(f"{printable(prompt)}\n{colour_blocks(latents)}", raw=True)
     written = [name + ending for ending in endings if Path(name + ending).is_file()]
     hint = " (a GIF too with Pillow: the extra [video])" * (len(latents) == 3 and len(written) == 1)
     say(f"{prompt}: wrote {', '.join(written)}{hint}")
@@ -88,8 +86,6 @@ def read_prompts(args, config):
     words = [*(args.prompt or ()), *lines_of(args.prompts)]
     if args.score and not toy:
         raise ValueError(f"--score reads pixels, this model gives {config.out_channels} latent channels")
-    if args.embeds and (words or args.score):
-        raise ValueError("--embeds takes the place of --prompt, --prompts and --score: give one of them")
     if not args.embeds and not toy and not random and not args.model:
         raise ValueError(
             "a --prompt is only hashed here, which these weights do not understand: give --embeds, or --model SNAPSHOT"

@@ -15,10 +15,10 @@ from pathlib import Path
 from full import faults
 from full.clips import lines_of
 from full.files import checksum, fingerprint, read_utf8, save_tensors, was_made_by
-from full.flags import add_machine_flags, check_range, parser_of
+from full.flags import add_machine_flags, check_range, check_together, parse_flags, parser_of
 from full.folder import Folder
 from full.screen import printed_time, say
-from full.snapshot import Snapshot, TextEncoders, of_library
+from full.snapshot import Snapshot, TextEncoders, of_library, template_of
 from full.vae import encode_frames
 from full.video import IMAGES, VIDEOS, read_frames, read_image
 
@@ -35,7 +35,7 @@ def parse(argv=None):
     flag("--height", type=int, default=720, help="of the samples (default 720)")
     flag("--width", type=int, default=1280, help="of the samples (default 1280)")
     flag("--frames", type=int, default=129, help="of the samples, 4k + 1 at most (default 129)")
-    return parser.parse_args(argv)
+    return parse_flags(parser, argv)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -47,12 +47,12 @@ def encode(args):
     check_range(args, "height width", 16)
     check_range(args, "frames", 1)
     check_range(args, "timeout", 1e-9, 1e7)
-    if bool(args.videos) == bool(args.prompts):
+    check_together(args)
+    if not (args.videos or args.prompts):
         raise ValueError("give --videos FOLDER or --prompts FILE")
     snapshot = Snapshot(args.model)
     pm = faults.init(None, 1, args.device, args.timeout)
-    facts = dict(files=[fingerprint([file]) for file in snapshot.files()])
-    pm.check_equal(vars(args) | facts, pm.world_group)
+    pm.check_equal(vars(args) | dict(encoders=snapshot.facts()), pm.world_group)
     faults.on_main(lambda: Path(args.output).mkdir(parents=True, exist_ok=True))
     return encode_prompts(pm, snapshot, args) if args.prompts else encode_videos(pm, snapshot, args)
 
@@ -60,12 +60,12 @@ def encode(args):
 def encode_videos(pm, snapshot, args):
     """Encode videos and images with captions -> one .safetensors each, as full.train reads them; and the empty prompt."""
     out, began = Path(args.output), time.perf_counter()
-    found = faults.on_main(lambda: videos_and_captions(Path(args.videos)))
+    found = faults.on_main(lambda: [(*pair, size_of(pair[0])) for pair in videos_and_captions(Path(args.videos))])
     tools = []
     for rank in range(pm.world_size):  # one after another: a host reads one rank's encoders at a time
         faults.together(partial(load_tools, tools, snapshot, pm) if pm.rank == rank else lambda: None)
     made_by = dict(size=[args.height, args.width, args.frames, args.no_buckets])
-    made_by |= dict(kind=snapshot.kind, encoders=[fingerprint([file]) for file in snapshot.files()])
+    made_by |= dict(kind=snapshot.kind, encoders=snapshot.facts(), template=template_of(snapshot.kind))
     encoders, vae = tools
     if not snapshot.kind:
         empty = dict(zip(("text", "pooled"), encoders(""))) if pm.is_main else {}
@@ -96,11 +96,18 @@ def load_tools(tools, snapshot, pm):
     tools.extend(of_library(snapshot.folder, lambda: (TextEncoders(snapshot, pm.device), snapshot.vae(pm.device))))
 
 
-def encode_one(file, caption, encoders, vae, made_by, args):
-    """Write a file's sample; return "made", "replaced", "there", or why it is skipped."""
+def size_of(file):
+    """Return what tells two files of one name apart: bytes, and a fingerprint of their beginnings; None if there is none."""
+    return [file.stat().st_size, fingerprint([file], whole=0)] if file.is_file() else None
+
+
+def encode_one(file, caption, size, encoders, vae, made_by, args):
+    """Write a file's sample; return "made", "replaced", "there", or why it is skipped. size: what rank 0 sees of it."""
     target = Path(args.output) / f"{file.name}.safetensors"
     older, kind = target.exists(), made_by["kind"]
     try:
+        if size_of(file) != size:
+            raise ValueError("it is another file here than on rank 0, which read its caption")
         made_by = made_by | dict(file=checksum(file), caption=caption)
         if was_made_by(target, made_by):
             return "there"

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from full import faults
-from full.flags import add_machine_flags, add_model_flags, check_range, parser_of
+from full.flags import add_machine_flags, add_model_flags, check_range, check_together, parse_flags, parser_of
 from full.lora import lora_files
 from full.model import Source, resolve
 from full.names import NAMINGS
@@ -27,12 +27,13 @@ def parse(argv=None):
     flag("--naming", choices=NAMINGS, default="original", help="of the names in the files")
     flag("--output", required=True, help="folder to write")
     flag("--shard", action="store_true", help="FSDP2, for weights that do not fit one GPU")
-    return parser.parse_args(argv)
+    return parse_flags(parser, argv)
 
 
 def export(args):
     """Build the model and write its weights. Return the ParallelManager."""
     check_range(args, "timeout", 1e-9, 1e7)
+    check_together(args)
     config = resolve(args)
     lora_files(args.lora)
     pm = faults.init(None, 1, args.device, args.timeout)

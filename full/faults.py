@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from comm import ParallelManager
+from full.files import printable
 
 # --------------------------------------------------------------------------------------------------------------------
 # the process group
@@ -114,6 +115,7 @@ def run(main, folder, debug=False):
         main().close()
     except BaseException as error:  # CheckpointException, say, is no Exception
         sentence, lost = explain(error, folder)
+        sentence = printable(sentence)
         with contextlib.suppress(OSError):
             if debug:
                 traceback.print_exc()

@@ -71,17 +71,48 @@ def checksum(path):
     return [size, crc]
 
 
-def fingerprint(paths):
-    """Return a hex string made of the names and sizes of these files, and of samples of what is in them."""
+def fingerprint(paths, whole=100 << 20, like=""):
+    """Return a hex string made of the names, sizes and contents of these files.
+
+    Files of at most `whole` bytes count whole; larger ones by their header and by the ends of every tensor, or, if they are
+    no .safetensors, by some of every MiB. like: a fingerprint to compare with; one of an earlier version is made as then.
+    """
     digest, paths = hashlib.sha256(), [Path(path) for path in paths]
     for path in paths:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-    for path in paths[:: max(1, len(paths) // 16)]:
+    earlier = like and not like.startswith("2-")
+    for path in paths[:: max(1, len(paths) // 16)] if earlier else paths:
         with open(path, "rb") as file:
-            for part in range(16):
-                file.seek(path.stat().st_size * part // 16)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
+            for start, length in samples_of(path, file, whole, earlier):
+                file.seek(start)
+                digest.update(file.read(length))
+    return digest.hexdigest()[:16] if earlier else f"2-{digest.hexdigest()[:16]}"
+
+
+def samples_of(path, file, whole, earlier):
+    """Return [(start, length)] of the bytes of a file that its fingerprint is made of."""
+    size = path.stat().st_size
+    if earlier:
+        return [(size * part // 16, 4096) for part in range(16)]
+    if size <= whole:
+        return [(0, size)]
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(length)) if path.suffix == ".safetensors" and length < size else {}
+        ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        starts = [8 + length + place for start, stop in ends for place in (start, max(start, stop - 64))]
+        return (
+            [(0, 8 + length), *((start, 64) for start in starts)]
+            if ends
+            else [(s, 4096) for s in range(0, size, 1 << 20)]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # it is refused when it is read
+        return [(start, 4096) for start in range(0, size, 1 << 20)]
+
+
+def printable(text):
+    """Escape what can't be printed: names from files may hold anything, a terminal's commands too."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def visible(folder, pattern):

@@ -48,6 +48,37 @@ def add_speed_flags(parser):
     flag("--profile", action="store_true", help="Chrome traces of the last step, trace-RANK.json.gz, by the output")
 
 
+# what goes together: a flag that is given, and those of which one must be given too
+NEEDS = dict(
+    lora_alpha="lora",
+    init_lora="lora",
+    validate="validate_every",
+    sample_prompt="validate_every",
+    image="model prompts",
+)
+NEEDS |= dict(negative_embeds="embeds", negative_prompt="cfg", no_buckets="videos")
+# and flags of which only one is used
+APART = "embeds-prompt embeds-prompts embeds-score prompt-score prompts-score negative_embeds-negative_prompt videos-prompts"
+APART = [pair.split("-") for pair in (APART + " data-height data-width data-frames checkpoint-config").split()]
+
+
+def parse_flags(parser, argv=None):
+    """Parse, and note in `args.given` which flags have another value than their default."""
+    args = parser.parse_args(argv)
+    args.given = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
+    return args
+
+
+def check_together(args, pairs=()):
+    """Raise ValueError for flags that are given and would not be used. pairs: more of those that are used apart."""
+    for name in args.given:
+        if name in NEEDS and not set(NEEDS[name].split()) & set(args.given):
+            raise ValueError(f"--{name} goes with {' or '.join('--' + other for other in NEEDS[name].split())}")
+    for one, other in (*APART, *pairs):
+        if {one, other} <= set(args.given):
+            raise ValueError(f"--{one} and --{other} can't be used together: give one of them")
+
+
 def check_range(args, names, low, high=math.inf):
     """Raise ValueError for the first of the flags whose value is outside low .. high."""
     for name in names.split():
@@ -113,6 +144,7 @@ def parse_train(doc, argv=None):
     flag("--shift", type=float, help="flow shift of the noise levels (default 4; 13b: 7; --model: its scheduler's)")
     flag("--checkpointing", choices=CHECKPOINTING, help="of activations (default: none for tiny, attention else)")
     flag("--lora", type=int, help="train a LoRA of this rank, the weights frozen; written to --out/lora.safetensors")
+    flag("--init_lora", help="a LoRA file of the same rank to start from, e.g. to go on with new data")
     flag("--lora_alpha", type=float, help="its update is alpha / rank times B A (default: the rank)")
     flag("--ema", type=float, default=0.0, help="use an average over some 1 / (1 - this) steps (default 0: none)")
     flag("--validate_every", type=int, default=0, help="steps between losses on samples held out (default 0: none)")
@@ -125,7 +157,7 @@ def parse_train(doc, argv=None):
     flag("--tensorboard", action="store_true", help="the figures of log.jsonl for TensorBoard too, if it is installed")
     flag("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
     flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     args.offload = args.offload or []
     args.config = args.config or (None if args.model else "tiny")
     big = args.config != "tiny"
@@ -147,16 +179,12 @@ def check_train(args, config):
     check_range(args, "seed", 0, 2**62)
     check_range(args, "guidance", 0.0)
     check_range(args, "ema", 0.0, 0.999999)
+    check_together(args)
     attention_kernel(args.attention)
     if args.lora and not (args.weights or args.model or is_benchmark(args)):
         raise ValueError("--lora changes weights that are there: give --model or --weights")
-    if args.lora_alpha and not args.lora:
-        raise ValueError("--lora_alpha goes with --lora")
     if "activations" in args.offload and args.checkpointing == "none":
         raise ValueError("--offload activations moves what --checkpointing attention or full keeps, and it is none")
-    for name in ("validate", "sample_prompt"):
-        if getattr(args, name) is not None and not args.validate_every:
-            raise ValueError(f"--{name} goes with --validate_every")
     understood = config.out_channels == 3 or (args.model and not config.image_condition_type)
     if args.sample_prompt is not None and not understood:
         raise ValueError("--sample_prompt is for the toy, or for --model with a text-to-video snapshot")

@@ -1,9 +1,11 @@
 """A folder of encoded samples, checked whole before training; and which samples are held out. Needs safetensors."""
 
+import json
 import zlib
 from pathlib import Path
 
 from full.files import fingerprint, open_safetensors, read_text, shapes_in, text_fits, visible
+from full.snapshot import encoder_files
 from hunyuan_sp import latent_shape
 from train_min import RandomLatents, Shapes
 
@@ -34,7 +36,11 @@ class Folder:
             self.empty = read_text(Path(folder, self.EMPTY), config)
         if not self.files:
             raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
+        self.origins = {}  # {what made samples, as JSON: the first such file}
         self.shapes, self.names = [self._shape(config, file) for file in self.files], [file.name for file in self.files]
+        if len(self.origins) > 1:
+            one, other = [*self.origins.values()][:2]
+            raise ValueError(f"{one} and {other} were encoded by different snapshots: encode them again by one")
 
     def _shape(self, config, file):
         """Return (C, T, h, w) of a file's latents. ValueError if it does not hold what it should, and that alone."""
@@ -42,7 +48,13 @@ class Folder:
         if not file.is_file():
             raise ValueError(f"{file} is not a file")
         with open_safetensors(file) as handle:
-            shapes = shapes_in(handle)
+            shapes, made_by = shapes_in(handle), (handle.metadata() or {}).get("made_by")
+        if made_by:
+            facts = {name: value for name, value in json.loads(made_by).items() if name in ("kind", "encoders")}
+            self.origins.setdefault(json.dumps(facts, sort_keys=True), file)
+            if facts.get("kind") != config.image_condition_type:
+                kinds = [kind or "text-to-video" for kind in (facts.get("kind"), config.image_condition_type)]
+                raise ValueError(f"{file} was encoded for a {kinds[0]} model, and this one is {kinds[1]}")
         if more := sorted(set(shapes) - set(allowed)):
             held = f"{file} holds {', '.join(more)} beside {', '.join(allowed)}, which would be ignored"
             raise ValueError(f"{held}: text has valid tokens only, and needs no mask")
@@ -79,10 +91,24 @@ def name_of(data, i):
 
 
 def contents_of(data):
-    """Return what must be equal on all ranks."""
+    """Return what must be equal on all ranks: of each file the header, which says what made it, and some of each tensor."""
     if not hasattr(data, "files"):
         return f"{len(data)} samples"
-    return f"{len(data)} files, {fingerprint(data.files)}, {zlib.crc32(repr(data.shapes).encode()):08x}"
+    empty = Path(data.files[0]).with_name(Folder.EMPTY)
+    files = [*data.files, *([empty] if empty.is_file() else [])]
+    return f"{len(data)} files, {fingerprint(files, whole=0)}, {zlib.crc32(repr(data.shapes).encode()):08x}"
+
+
+def check_origin(data, model):
+    """Raise ValueError if samples were encoded by another snapshot than this one."""
+    for made_by, file in data.origins.items():
+        stored = json.loads(made_by).get("encoders") or []
+        files = encoder_files(model)
+        ours = [fingerprint([file], like=like) for file, like in zip(files, stored)]
+        if len(files) != len(stored) or ours != stored:
+            raise ValueError(
+                f"{file} was encoded by another snapshot than {model}: encode the videos again with --model"
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------------

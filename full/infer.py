@@ -12,6 +12,7 @@ Its Euler steps are infer_min.py's `sample`. --model needs the extra [pipeline].
 """
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +23,20 @@ from full import faults
 from full.clips import Clip, check_finite, embed_prompts, read_prompts
 from full.fa4 import attention_kernel
 from full.files import checksum, fingerprint
-from full.flags import add_machine_flags, add_model_flags, add_speed_flags, check_range, compute_dtype, parser_of
+from full.flags import (
+    add_machine_flags,
+    add_model_flags,
+    add_speed_flags,
+    check_range,
+    check_together,
+    compute_dtype,
+    parse_flags,
+    parser_of,
+)
 from full.lora import lora_files
 from full.model import Source, resolve
 from full.screen import Bar, Clock, Stages, say
-from full.snapshot import Snapshot
+from full.snapshot import Snapshot, template_of
 from full.vae import decode
 from full.video import read_image
 from hunyuan_sp import latent_shape
@@ -52,10 +62,10 @@ def parse(argv=None):
     flag("--shift", type=float, help="flow shift (default 4; 13b: 7; --model: its scheduler's)")
     flag("--cfg", type=float, default=1.0, help="true classifier-free guidance scale, two passes in one batch")
     flag("--output", default="clip", help="name of the files written, without ending; with a / at its end a folder")
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     if args.model:  # the release's own
         parser.set_defaults(steps=50, height=720, width=1280, frames=129)
-        args = parser.parse_args(argv)
+        args = parse_flags(parser, argv)
     return args
 
 
@@ -154,11 +164,8 @@ def check_args(args):
     check_range(args, "cfg guidance", 0.0)
     check_range(args, "seed", 0, 2**62)
     check_range(args, "timeout", 1e-9, 1e7)
+    check_together(args)
     attention_kernel(args.attention)
-    if args.image and not args.model:
-        raise ValueError("--image needs --model, an image-to-video snapshot")
-    if args.negative_embeds and (args.negative_prompt or not args.embeds):
-        raise ValueError("--negative_embeds goes with --embeds, in place of --negative_prompt")
     if not args.output.endswith("/") and not Path(args.output).name:
         raise ValueError(f"--output {args.output!r} is no name: end a folder's with /")
     snapshot = Snapshot(args.model, encoders=not args.embeds) if args.model is not None else None
@@ -177,20 +184,18 @@ def check_args(args):
 def compare_ranks(pm, args, snapshot):
     """Raise ValueError if ranks have other flags or files; settle what depends on the device."""
     files = [*(args.embeds or ()), args.prompts, args.negative_embeds, args.image]
-    files += snapshot.files() if snapshot else []
-    facts = dict(torch=torch.__version__, device_type=pm.device.type)
+    facts = dict(torch=torch.__version__, device_type=pm.device.type, snapshot=snapshot and snapshot.facts())
     facts["files"] = [fingerprint([file]) for file in files if file and Path(file).is_file()]
     pm.check_equal(vars(args) | facts, pm.world_group)
     args.dtype = str(compute_dtype(args, pm.device)).removeprefix("torch.")
 
 
 def made_of(args, source, snapshot):
-    """Return the fingerprints of the files that all clips are made of; an image is read whole."""
-    facts, files = source.facts(), snapshot.files() if snapshot else []
-    last = [facts.pop()] if source.path else []
-    facts += [fingerprint([file]) for file in files]
-    facts.append(fingerprint([args.negative_embeds] if args.negative_embeds else []))
-    return [*facts, args.image and checksum(args.image), *last]
+    """Return what all clips are made of: weights, config, encoders, template; an image is read whole."""
+    facts = [source.facts(), asdict(source.config)]
+    facts += [snapshot.facts(), template_of(snapshot.kind)] if snapshot else []
+    facts += [fingerprint([args.negative_embeds])] if args.negative_embeds else []
+    return [*facts, args.image and checksum(args.image)]
 
 
 def report(pm, args, scores, clock, stages, toy):

@@ -1,11 +1,11 @@
 """LoRA, arXiv:2106.09685: y = W x + b + alpha / rank * B A x. W is frozen; A and B are trained, saved, and given to others.
 
-`add_lora(model)` goes before `shard`. `save_lora` writes what diffusers and ComfyUI read; `merge_lora` reads files of others.
+`add_lora(model)` goes before `shard`. `save_lora` writes what diffusers and ComfyUI read; `merge_loras` adds files to the
+weights, ours and those of others, which full/lora_files.py reads.
 """
 
-import json
 import math
-import re
+import time
 from pathlib import Path
 
 import torch
@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from full.files import open_safetensors, save_tensors
-from full.names import NAMINGS, export_weight, names_in, row_sizes, swap_halves
+from full.files import save_tensors
+from full.lora_files import read_lora
+from full.names import export_weight
 from full.weights import whole
+from hunyuan_sp import assign
 
 
 class LoRALinear(nn.Linear):
@@ -31,7 +33,9 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
 
     def forward(self, x):
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        # FSDP2 casts them to the dtype that is computed in; a model that nobody shards is cast here
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return super().forward(x) + self.scale * F.linear(F.linear(x, a), b)
 
 
 def add_lora(model, rank, alpha=None):
@@ -45,24 +49,61 @@ def add_lora(model, rank, alpha=None):
                 setattr(block.get_submodule(module), last, LoRALinear(linear, rank, (alpha or rank) / rank))
 
 
-def save_lora(model, file, naming="original"):
+def layers_of(model):
+    """Yield (name, layer) of each layer with a LoRA."""
+    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def save_lora(model, file, naming="original", **facts):
     """Write the LoRA as diffusers and ComfyUI read it, alpha / rank multiplied into B. Collective; rank 0 writes.
 
-    naming: "original", or "diffusers", where q, k and v are apart and share A.
+    naming: "original", or "diffusers", where q, k and v are apart and share A. facts: what else its header says.
     """
-    tensors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            a, b = whole(module.lora_A).cpu(), whole(module.lora_B).cpu() * module.scale
-            for theirs, rows in export_weight(model.config, f"{name}.weight", b, naming).items():
-                stem = "transformer." + theirs.removesuffix("weight")
-                tensors |= {f"{stem}lora_A.weight": a.clone(), f"{stem}lora_B.weight": rows.clone()}
+    tensors, rank = {}, 0
+    for name, layer in layers_of(model):
+        a, b = whole(layer.lora_A).cpu(), whole(layer.lora_B).cpu() * layer.scale
+        rank, alpha = len(a), layer.scale * len(a)
+        for theirs, rows in export_weight(model.config, f"{name}.weight", b, naming).items():
+            stem = "transformer." + theirs.removesuffix("weight")
+            tensors |= {f"{stem}lora_A.weight": a.clone(), f"{stem}lora_B.weight": rows.clone()}
+    # what is in the file has alpha = rank, since B holds the rest
+    header = dict(rank=rank, alpha=rank, trained_alpha=alpha, date=time.strftime("%Y-%m-%dT%H:%M:%S"), **facts)
+    header |= {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "hunyuan-video/lora",
+        "modelspec.implementation": "https://github.com/Tencent/HunyuanVideo",
+        "modelspec.title": facts.get("title", "LoRA"),
+        "modelspec.date": header["date"],
+    }
     if not dist.is_initialized() or dist.get_rank() == 0:
-        save_tensors(file, tensors)
+        save_tensors(file, tensors, **{name: str(value) for name, value in header.items()})
+
+
+@torch.no_grad()
+def init_lora(model, file):
+    """Start the model's LoRA from a file. ValueError if that has other layers, or more ranks than the model's."""
+    updates, layers = read_lora(model, file).updates, dict(layers_of(model))
+    for name in updates:
+        if name.removesuffix(".weight") not in layers:
+            raise ValueError(f"{file} changes {name}, which --lora does not train")
+    for name, layer in layers.items():
+        parts = sorted(updates.get(f"{name}.weight", ()), key=lambda part: part.start)
+        if not parts:
+            assign(layer.lora_B, torch.zeros(layer.lora_B.shape))
+            continue
+        a, rows = parts[0].a, sum(len(part.b) for part in parts)
+        if a is None or len(a) != len(layer.lora_A) or rows != len(layer.lora_B):
+            raise ValueError(
+                f"{file} has {name} of rank {len(parts[0].b.T)}, not a whole layer of rank {len(layer.lora_A)}"
+            )
+        if any(part.a is None or not torch.equal(part.a, a) for part in parts):
+            raise ValueError(f"{file} has an A of its own for parts of {name}, which is one layer here")
+        assign(layer.lora_A, a)
+        assign(layer.lora_B, torch.cat([part.scale * part.b for part in parts]) / layer.scale)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# files, ours and those of others
+# adding files to the weights
 
 
 def lora_files(flags):
@@ -74,6 +115,8 @@ def lora_files(flags):
             file, strength = (file, float(strength)) if colon else (flag, 1.0)
         except ValueError:  # a colon of the name
             file, strength = flag, 1.0
+        if Path(file, "lora.safetensors").is_file():  # OUT/step-N, or OUT
+            file = str(Path(file, "lora.safetensors"))
         if not Path(file).is_file():
             raise ValueError(f"--lora {flag} is not FILE or FILE:STRENGTH: there is no file {file}")
         if not math.isfinite(strength):
@@ -82,58 +125,44 @@ def lora_files(flags):
     return given
 
 
-@torch.no_grad()
 def merge_lora(model, file, strength=1.0):
-    """Add a LoRA to the weights: W += strength * alpha / rank * B A, rounded once to the weights' dtype.
+    """Add one LoRA file to the weights; see merge_loras."""
+    return merge_loras(model, [(file, strength)])
 
-    file: .safetensors in the original, diffusers or kohya naming; its alpha in a tensor, in diffusers' header, or in B already.
-    ValueError, before anything is changed, for layers that the model lacks, of another shape, or not finite.
+
+@torch.no_grad()
+def merge_loras(model, files):
+    """Add LoRA files [(file, strength)] to the weights: W += strength * alpha / rank * B A, summed in float32, rounded once.
+
+    Returns one sentence a file: what was applied. ValueError, before anything is changed, for a file that is not applied
+    whole: see read_lora.
     """
-    with open_safetensors(file) as handle:
-        tensors, header = {name: handle.get_tensor(name).float() for name in handle.keys()}, handle.metadata() or {}
-    params, places, layers = dict(model.named_parameters()), {}, {}
-    for name in (name for name, param in params.items() if name.endswith(".weight") and param.dim() == 2):
-        for naming in NAMINGS:
-            names = names_in(naming, name)
-            heights = row_sizes(model.config, names, len(params[name]))
-            for n, theirs in enumerate(names):
-                places[theirs.removesuffix(".weight").replace(".", "_")] = name, naming, sum(heights[:n]), heights[n]
-    for name, tensor in tensors.items():
-        found = LORA_NAME.fullmatch(name)
-        if not found or found[1].replace(".", "_") not in places:
-            raise ValueError(f"{file} is not a LoRA of this model: {name} belongs to none of its layers")
-        layers.setdefault(found[1].replace(".", "_"), {})[LORA_PARTS[found[2]]] = tensor
-    alpha, root = header_alpha(header, file)
-    updates = []
-    for layer, parts in layers.items():
-        name, naming, start, height = places[layer]
-        shapes = {part: list(tensor.shape) for part, tensor in parts.items()}
-        rank = shapes.get("A", [0])[0]
-        if dict(alpha=[]) | shapes != dict(alpha=[], A=[rank, params[name].shape[1]], B=[height, rank]):
-            size = [height, params[name].shape[1]]
-            raise ValueError(f"{file} has {shapes} for {layer}, which is {size} in the model")
-        if not all(tensor.isfinite().all() for tensor in parts.values()):
-            raise ValueError(f"{file} has values for {layer} that are not finite")
-        own = parts["alpha"].item() if "alpha" in parts else alpha
-        scale = strength if own is None else strength * own / (rank**0.5 if root else rank)
-        updates.append((name, naming, start, scale, parts["A"], parts["B"]))
-    for name, naming, start, scale, a, b in updates:
+    params, sums, sentences = dict(model.named_parameters()), {}, []
+    for file, strength in files:
+        lora = read_lora(model, file)
+        sentences.append(f"{file}: {lora.summary}, strength {strength:g}")
+        for name, parts in lora.updates.items():
+            sums.setdefault(name, []).extend((strength, part) for part in parts)
+    for name, parts in sums.items():
         param = params[name]
         full = torch.zeros(param.shape, device=param.device)
-        full[start : start + len(b)] = scale * b.to(param.device) @ a.to(param.device)
-        add_update(param, swap_halves(naming, name, full))
+        for strength, part in parts:
+            part.add_to(full, strength)
+        add_update(param, full)
+    return sentences
 
 
 @torch.no_grad()
 def merge_checkpoint(model, path, manifest):
     """Add to the weights the LoRA, or its average, that a checkpoint of full.train holds."""
     reader, (rank, alpha, _) = dcp.HuggingFaceStorageReader(str(path)), manifest["lora"]
-    kind = "more" if manifest.get("ema") else "model"
+    kind = "more." if manifest.get("ema") else "model."
     sizes = {key: stored.size for key, stored in reader.read_metadata().state_dict_metadata.items()}
-    tensors = {key: torch.empty(size) for key, size in sizes.items() if re.match(rf"{kind}\..*\.lora_[AB]$", key)}
+    mine = [key for key in sizes if key.startswith(kind) and key.endswith(("lora_A", "lora_B"))]
+    tensors = {key: torch.empty(sizes[key]) for key in mine}
     dcp.load(tensors, storage_reader=reader)
     for name, param in model.named_parameters():
-        layer = f"{kind}.{name.removesuffix('weight')}"
+        layer = kind + name.removesuffix("weight")
         if f"{layer}lora_A" in tensors:
             add_update(param, alpha / rank * tensors[f"{layer}lora_B"] @ tensors[f"{layer}lora_A"])
 
@@ -144,22 +173,3 @@ def add_update(param, full):
     if isinstance(param, DTensor):
         full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
     param.copy_(param + full)
-
-
-LORA_PARTS = dict(lora_A="A", lora_B="B", lora_down="A", lora_up="B", alpha="alpha")
-LORA_NAME = re.compile(
-    r"(?:transformer\.|diffusion_model\.|lora_unet_|Hunyuan_video_I2V_lora_)?"
-    r"(.+?)\.(lora_A|lora_B|lora_down|lora_up|alpha)(?:\.weight)?"
-)
-
-
-def header_alpha(header, file):
-    """Return (alpha or None, whether it is divided by the rank's root) of the header that diffusers writes."""
-    try:
-        config = json.loads(header.get("lora_adapter_metadata", "{}"))
-        config = {key.removeprefix("transformer."): value for key, value in config.items()}
-        if config.get("alpha_pattern"):
-            raise ValueError("it has an alpha_pattern")
-        return config and float(config["lora_alpha"]) or None, bool(config.get("use_rslora"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: its header's lora_adapter_metadata is not understood ({error!r})") from None

@@ -8,7 +8,8 @@ from full.checkpoints import Checkpoints
 from full.fa4 import attention_kernel
 from full.files import fingerprint
 from full.flags import compute_dtype, get_config
-from full.lora import lora_files, merge_checkpoint, merge_lora
+from full.lora import lora_files, merge_checkpoint, merge_loras
+from full.screen import say
 from full.weights import load_weights, weight_files
 from hunyuan_sp import HunyuanConfig, HunyuanVideo, init_weights
 
@@ -21,6 +22,8 @@ def resolve(args):
         args.weights = args.weights or str(Path(args.model) / "transformer")
     if not args.model and not args.config and args.weights:
         args.config = "13b"
+    if args.blocks and not (args.model or args.config):
+        raise ValueError("--blocks goes with --config")
     return get_config(args) if args.model or args.config else None
 
 
@@ -42,6 +45,8 @@ class Source:
         self.config, self.lora = config, bool(self.manifest.get("lora"))
         if self.lora and not args.weights:
             raise ValueError(f"{self.path} is a LoRA: give its base model too, with --model or --weights")
+        if self.path and not self.lora and "weights" in args.given:
+            raise ValueError(f"{self.path} holds all weights: leave out --weights")
 
     def facts(self):
         """Return what the weights are made of, for comparison."""
@@ -73,8 +78,9 @@ class Source:
             init_weights(model)
         if self.lora:
             merge_checkpoint(model, self.path, self.manifest)
-        for file, strength in lora_files(args.lora):
-            merge_lora(model, file, strength)
+        for sentence in merge_loras(model, lora_files(args.lora)):
+            if pm.is_main:
+                say(sentence)
         model = (model if shard else model.to(dtype)).requires_grad_(False)
         if compile:
             model.compile_blocks()

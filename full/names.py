@@ -161,6 +161,17 @@ def config_from_diffusers(file):
     try:
         theirs = dict(image_condition_type=None) | read_json(file)
         ours = {name: theirs[key] for name, key in DIFFUSERS_FIELDS.items()}
+        for name in (
+            "double_depth",
+            "single_depth",
+            "refiner_depth",
+            "num_heads",
+            "in_channels",
+            "text_dim",
+            "pooled_dim",
+        ):
+            if type(ours[name]) is not int or not 0 <= ours[name] <= 65536 // (64 if "depth" in name else 1):
+                raise ValueError(f"{DIFFUSERS_FIELDS[name]} is {ours[name]!r}")
         config = HunyuanConfig.from_dict(ours | dict(patch_size=[theirs["patch_size_t"], *[theirs["patch_size"]] * 2]))
         wrong = {key: value for key, value in diffusers_config(config).items() if theirs.get(key) != value}
     except (ValueError, KeyError, TypeError) as error:

@@ -67,10 +67,12 @@ def check_same(config, trained, state, path):
         raise ValueError(f"{path} is of another model: {differences}")
 
 
-def say_changes(args, state):
+def say_changes(args, state, contents):
     """Print what a resumed run does otherwise than before. Layout and length may change; whatever else does is said."""
     names = "batch lr warmup clip shift guidance caption_drop ema seed dtype data weights".split()
     was = state.get("args", {}) | dict(batch=state.get("batch", args.batch))
     changed = [f"--{n} {getattr(args, n)} (was {was[n]})" for n in names if n in was and was[n] != getattr(args, n)]
+    if state.get("contents", contents) != contents:
+        changed.append("what is in the samples")
     if changed:
         say(f"other than before: {', '.join(changed)}")

@@ -12,10 +12,15 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from full.files import printable
 
-def say(text, live=False, end=True):
-    """Print a line. live: one that the next call replaces, on a terminal; `end` keeps it. Nothing is said to a closed pipe."""
-    terminal = sys.stdout.isatty()
+
+def say(text, live=False, end=True, raw=False):
+    """Print a line. live: one that the next call replaces, on a terminal; `end` keeps it. Nothing is said to a closed pipe.
+
+    raw: with the terminal's commands in it.
+    """
+    terminal, text = sys.stdout.isatty(), text if raw else printable(text)
     try:
         print(f"\r\033[K{text}" if terminal else text, end="" if live and terminal and not end else "\n", flush=True)
     except OSError:

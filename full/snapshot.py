@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from full.faults import on_main
-from full.files import open_safetensors
+from full.files import fingerprint, open_safetensors
 from full.flags import scheduler_shift
 from full.names import config_from_diffusers
 from full.screen import say
@@ -49,10 +49,9 @@ class Snapshot:
         if self.kind == "latent_concat" and frames < 5:
             raise ValueError(f"--frames {frames}: a latent_concat model gives 4 frames fewer, so 5 at least")
 
-    def files(self):
-        """Return all files but the DiT's weights."""
-        parts = [self.folder / part for part in (*PARTS[1:], *ENCODERS, "image_processor")]
-        return [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
+    def facts(self):
+        """Return the fingerprints of all files but the DiT's."""
+        return [fingerprint([file]) for file in encoder_files(self.folder)]
 
     def encode(self, pm, prompts, negative_prompt="", image=None, size=None):
         """Return {prompt: (text, pooled)}, on every rank, and the negative prompt's (text, pooled).
@@ -99,6 +98,23 @@ class Snapshot:
         return vae
 
 
+def encoder_files(folder):
+    """Return all files of a snapshot but the DiT's."""
+    parts = [Path(folder, part) for part in (*PARTS[1:], *ENCODERS, "image_processor")]
+    return [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
+
+
+def template_of(kind):
+    """Return the template that prompts are put into, of diffusers' pipeline for this kind of model."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # importing the pipelines brings advice about packages
+    from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
+
+    module = pipeline_hunyuan_video_image2video if kind else pipeline_hunyuan_video
+    return module.DEFAULT_PROMPT_TEMPLATE["template"]
+
+
 def load_whole(kind, folder, **more):
     """Load a model by its library. ValueError for weights that are missing, which libraries fill with random numbers."""
     model, report = kind.from_pretrained(folder, output_loading_info=True, **more)
@@ -130,26 +146,27 @@ class TextEncoders:
 
         transformers.logging.set_verbosity_error()  # it would report the layers that are left out
         transformers.logging.disable_progress_bar()
-        from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
-
-        folder, for_image = snapshot.folder, snapshot.config.image_condition_type is not None
-        module = pipeline_hunyuan_video_image2video if for_image else pipeline_hunyuan_video
-        self.template, self.head = module.DEFAULT_PROMPT_TEMPLATE["template"], 103 if for_image else 95
+        folder, for_image = snapshot.folder, snapshot.kind is not None
+        self.template, self.head = template_of(snapshot.kind), 103 if for_image else 95
         # AutoTokenizer, or the class that the release names, may split by other rules: what counts is checked
-        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
+            folder / "tokenizer", trust_remote_code=False
+        )
         head = len(self.tokenizer(self.template.partition("{}")[0]).input_ids)
         if head != self.head:
             told = f"the template's head is {head} tokens, not {self.head}"
             raise ValueError(f"{folder / 'tokenizer'} is another one: {told}")
 
-        config = transformers.AutoConfig.from_pretrained(folder / "text_encoder")
+        config = transformers.AutoConfig.from_pretrained(folder / "text_encoder", trust_remote_code=False)
         text_config = config.text_config if for_image else config
         text_config.num_hidden_layers -= 2
         kind = transformers.LlavaForConditionalGeneration if for_image else transformers.LlamaModel
         llama = load_whole(kind, folder / "text_encoder", config=config, dtype="auto").to(device).eval()
         self.llama, self.device = llama.model if for_image else llama, device
         (self.llama.language_model if for_image else self.llama).norm = torch.nn.Identity()
-        self.clip_tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+        self.clip_tokenizer = transformers.CLIPTokenizer.from_pretrained(
+            folder / "tokenizer_2", trust_remote_code=False
+        )
         self.clip = load_whole(transformers.CLIPTextModel, folder / "text_encoder_2", dtype="auto").to(device).eval()
         if for_image:
             self.image_token = config.image_token_index
@@ -168,6 +185,8 @@ class TextEncoders:
         if image is None:
             text = self._states(ids)[self.head :]
         else:
+            if ids.count(self.image_token) > 1:
+                raise ValueError(f"{prompt[:40]!r} holds <image>, the mark that stands for the picture: leave it out")
             place = ids.index(self.image_token)
             pixels = self.processor(image, return_tensors="pt").pixel_values.to(self.device, self.llama.dtype)
             states = self._states([*ids[:place], *[self.image_token] * 576, *ids[place + 1 :]], pixel_values=pixels)

@@ -84,7 +84,7 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("full.infer --config tiny --lora {bad}/none:0.5", "is not FILE or FILE:STRENGTH: there is no file"),
     ("full.infer --config tiny --lora {bad}/odd/a.safetensors", "is not a LoRA of this model: latents belongs to none"),
     ("full.encode --model {bad}/none --output {bad}/never", "give --videos FOLDER or --prompts FILE"),
-    ("full.encode --model {bad}/none --videos x --prompts y --output {bad}/never", "give --videos FOLDER or --prompts FILE"),
+    ("full.encode --model {bad}/none --videos x --prompts y --output {bad}/never", "--videos and --prompts can't be used together"),
     ("full.encode --model {bad}/none --videos x --output {bad}/never --frames 0", "--frames 0 is not at least 1"),
     ("full.train --resume --out {bad}/run --blocks 1,1", "is of another model: double_depth: 2 there, 1 here"),
     ("full.train --resume --out {bad}/run --seed 5", "saved with seed 0, this sampler has 5"),

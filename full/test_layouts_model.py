@@ -113,7 +113,7 @@ def check_lora_curve_and_resume(pm, folder):
             close(average, (before[f"more.{name}.{part}"] + kept[f"model.{name}.{part}"]) / 2, 1e-6)
         train(pm, *flags, "--ema", "0", "--out", str(own / "plain"))  # which changes nothing of the training
         assert [e["loss"] for e in losses(own / "plain")] == [e["loss"] for e in losses(own)]
-    with pytest.raises(ValueError, match=r"lora: \[2, 4.0, '\w+'\] there, \[3, 4.0, '\w+'\] here"):
+    with pytest.raises(ValueError, match=r"lora: \[2, 4.0, '[\w-]+'\] there, \[3, 4.0, '[\w-]+'\] here"):
         train(pm, *flags, "--out", str(own), "--resume", "--lora", "3")
     with pytest.raises(ValueError, match="is a LoRA: give its base model"):
         infer(pm, "--checkpoint", own)

@@ -12,6 +12,7 @@ import os
 import zlib
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -22,13 +23,13 @@ from full.average import Average
 from full.checkpoints import Checkpoints
 from full.clips import Preview
 from full.fa4 import attention_kernel
-from full.files import fingerprint
+from full.files import fingerprint, replace_file
 from full.flags import check_train, compute_dtype, default_batch, get_config, is_benchmark, parse_train
-from full.folder import build_data, contents_of, hold_out, name_of
-from full.lora import add_lora, save_lora
+from full.folder import build_data, check_origin, contents_of, hold_out, name_of
+from full.lora import add_lora, init_lora, save_lora
 from full.offload import offloaded
 from full.resume import check_same, end_run, find_start, say_changes, what_is_trained
-from full.screen import Clock, Progress, forward_flops
+from full.screen import Clock, Progress, forward_flops, say
 from full.weights import load_weights, weight_files
 from hunyuan_sp import HunyuanVideo, init_weights
 from sampler import DPSPBatchSampler
@@ -104,15 +105,18 @@ class Run:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
             torch.use_deterministic_algorithms(True)
-        self.data, self.held = hold_out(build_data(config, args), args)
+        data = build_data(config, args)
+        if args.model:
+            check_origin(data, args.model)
+        self.data, self.held = hold_out(data, args)
         weights = fingerprint(weight_files(args.weights)) if args.weights else ""
+        first = fingerprint([args.init_lora]) if args.init_lora else ""
 
         # who am I; which samples are mine; where did we stop
         pm = faults.init(args.dp, args.sp, args.device, args.timeout)
-        facts = dict(
-            torch=torch.__version__, device_type=pm.device.type, data=contents_of(self.data), weight_files=weights
-        )
-        pm.check_equal(vars(args) | facts, pm.world_group)
+        self.contents = contents_of(self.data)
+        facts = dict(torch=torch.__version__, device_type=pm.device.type, data=self.contents, weight_files=weights)
+        pm.check_equal(vars(args) | facts | dict(config=asdict(config), init_lora_file=first), pm.world_group)
         self.args, self.pm, self.signals = args, pm, faults.catch_signals()
         self.checkpoints = Checkpoints(pm, args.out, args.timeout)
         self.checkpoints.claim()
@@ -126,10 +130,11 @@ class Run:
             check_same(config, self.trained, self.state, path)
             self.sampler.load_state_dict(self.state["sampler"])
             if pm.is_main:
-                say_changes(args, self.state)
+                say_changes(args, self.state, self.contents)
         self.start = self.state.get("step", 0)
         self.preview = build_preview(config, pm, args, self.data)  # its encoders are gone before the model comes
         self.model, self.optimizer, self.average = build_model(config, pm, args, self.checkpoints, path)
+        self.average.updates = self.state.get("ema_updates", self.start)
         self.stream = batches(self.data, self.sampler, pm, args)
 
     def requests(self):
@@ -142,7 +147,9 @@ class Run:
     def validate(self, step):
         """Measure the loss on what is held out, and make the preview, with the average if there is one."""
         with self.average.used():
-            loss = validate(self.model, self.held, self.pm, self.args)
+            loss, odd = validate(self.model, self.held, self.pm, self.args)
+            for name in odd if self.pm.is_main else ():
+                say(f"{name}, held out, has values that are not finite")
             if self.preview:
                 self.preview.write(self.model, f"{self.args.out}/sample-{step}")
         return dict(validation_loss=loss)
@@ -153,12 +160,22 @@ class Run:
         extra = dict(
             config=asdict(self.model.config), args=vars(args), layout=[pm.dp_size, pm.sp_size], batch=args.batch
         )
-        extra |= self.trained | dict(sampler=self.sampler.state_dict())
+        extra |= self.trained | dict(
+            contents=self.contents, sampler=self.sampler.state_dict(), ema_updates=self.average.updates
+        )
         rest = dict(more=self.average.values, copy="weights" not in args.offload)
+        rest |= dict(beside=partial(self.write_lora, step)) if args.lora else {}
         self.checkpoints.save(step, self.model, self.optimizer, extra, self.state["tag"], args.keep, **rest)
-        if args.lora:
-            with self.average.used():
-                faults.together(partial(save_lora, self.model, f"{args.out}/lora.safetensors"))
+
+    def write_lora(self, step, folder):
+        """Write lora.safetensors into a checkpoint, and into --out the newest one."""
+        args, name = self.args, "lora.safetensors"
+        facts = dict(base=Path(args.model or args.weights or "random").name, steps=step, shift=args.shift)
+        facts["size"] = " x ".join(map(str, largest_shape(self.data)))
+        with self.average.used():
+            save_lora(self.model, folder / name, **facts)
+        if self.pm.is_main:
+            replace_file(Path(args.out, name), Path(folder, name).read_bytes())
 
 
 def save_is_due(step, stop, args):
@@ -192,6 +209,8 @@ def build_model(config, pm, args, checkpoints, path):
         if args.weights:
             load_weights(model, args.weights)
         init_weights(model, args.seed, "lora_" if args.weights else "", pm.device)
+    if args.init_lora and not path:
+        init_lora(model, args.init_lora)
     if args.compile:
         model.compile_blocks()
     trained = [param for param in model.parameters() if param.requires_grad]
@@ -206,8 +225,12 @@ def build_preview(config, pm, args, data):
     """Return what makes the clips of --sample_prompt, of the largest sample's shape; None without it."""
     if args.sample_prompt is None:
         return None
-    shape = max(data.shapes, key=math.prod) if data.shapes else data[0][1].shape
-    return Preview(pm, config, shape, args.sample_prompt, args.model)
+    return Preview(pm, config, largest_shape(data), args.sample_prompt, args.model)
+
+
+def largest_shape(data):
+    """Return [C, T, h, w] of the largest sample's latents."""
+    return max(data.shapes or [data[0][1].shape], key=math.prod)
 
 
 def batches(data, sampler, pm, args):
@@ -231,19 +254,22 @@ def batches(data, sampler, pm, args):
 
 @torch.no_grad()
 def validate(model, held, pm, args):
-    """Return the mean flow loss over the samples held out, each at four noise levels with the same noise every time.
+    """Return the mean flow loss over the samples held out, each at four noise levels with the same noise every time, and
+    the names of samples that make it not finite.
 
     It is far quieter than the training loss, and the same on any layout. A batch is as large as training's micro-batch.
     """
-    total, count = torch.zeros((), device=pm.device), 0.0
+    total, count, odd = torch.zeros((), device=pm.device), 0.0, []
     size = pm.dp_size * -(-args.batch // (pm.dp_size * args.accumulation))
     for sigma in (0.2, 0.4, 0.6, 0.8):
         sampler = DPSPBatchSampler(len(held), size, pm.dp_rank, pm.dp_size, shapes=held.shapes, names=held.names)
         rules = partial(collate, seed=0, shift=1.0, caption_drop=0.0, sigma=sigma)
         for batch in DataLoader(held, batch_sampler=sampler, collate_fn=rules):
+            odd += [] if odd else odd_samples([batch], held)
             total += flow_loss(model, to_device(batch, pm.device), args.guidance, pm.sp_group)
             count += count_tokens(batch, model.config)
-    return (pm.sum(total.double(), pm.world_group) / pm.sum(count, pm.dp_group)).item()
+    names = sorted({name for names in faults.together(lambda: odd) for name in names})
+    return (pm.sum(total.double(), pm.world_group) / pm.sum(count, pm.dp_group)).item(), names
 
 
 def work_of(pm, config, micro_batches, args):
@@ -273,13 +299,14 @@ def check_samples(pm, micro_batches, step):
 
 def name_odd_samples(micro_batches, data):
     """Return the names of a step's samples that hold a value that is not finite, on any rank."""
+    return sorted({name for names in faults.together(lambda: odd_samples(micro_batches, data)) for name in names})
 
-    def odd():
-        parts = ("samples", "target", "text", "pooled", "image")
-        rows = [row for b in micro_batches for row in zip(*(b[name] for name in parts if name in b))]
-        return [name_of(data, i) for i, *parts in rows if not all(part.isfinite().all() for part in parts)]
 
-    return sorted({name for names in faults.together(odd) for name in names})
+def odd_samples(micro_batches, data):
+    """Return the names of the samples that hold a value that is not finite, on this rank."""
+    parts = ("samples", "target", "text", "pooled", "image")
+    rows = [row for b in micro_batches for row in zip(*(b[name] for name in parts if name in b))]
+    return [name_of(data, i) for i, *parts in rows if not all(part.isfinite().all() for part in parts)]
 
 
 if __name__ == "__main__":
