@@ -91,23 +91,21 @@ def fingerprint(paths, whole=100 << 20, like=""):
 
 def samples_of(path, file, whole, earlier):
     """Return [(start, length)] of the bytes of a file that its fingerprint is made of."""
-    size = path.stat().st_size
+    size, ends = path.stat().st_size, []
     if earlier:
         return [(size * part // 16, 4096) for part in range(16)]
     if size <= whole:
         return [(0, size)]
-    length = int.from_bytes(file.read(8), "little")
-    try:
-        header = json.loads(file.read(length)) if path.suffix == ".safetensors" and length < size else {}
-        ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-        starts = [8 + length + place for start, stop in ends for place in (start, max(start, stop - 64))]
-        return (
-            [(0, 8 + length), *((start, 64) for start in starts)]
-            if ends
-            else [(s, 4096) for s in range(0, size, 1 << 20)]
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # it is refused when it is read
+    header = 8 + int.from_bytes(file.read(8), "little")
+    if path.suffix == ".safetensors" and header < min(size, 100 << 20):
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError, AttributeError, RecursionError
+        ):  # refused when it is read
+            tensors = [entry for name, entry in json.loads(file.read(header - 8)).items() if name != "__metadata__"]
+            ends = [(start, max(start, stop - 64)) for start, stop in (entry["data_offsets"] for entry in tensors)]
+    if not ends:
         return [(start, 4096) for start in range(0, size, 1 << 20)]
+    return [(0, header), *((header + place, 64) for places in ends for place in places)]
 
 
 def printable(text):

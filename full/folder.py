@@ -4,6 +4,9 @@ import json
 import zlib
 from pathlib import Path
 
+import torch
+
+from full.faults import together
 from full.files import fingerprint, open_safetensors, read_text, shapes_in, text_fits, visible
 from full.snapshot import encoder_files
 from hunyuan_sp import latent_shape
@@ -141,3 +144,32 @@ class Part:
 
     def __getitem__(self, i):
         return i, *self.data[self.indices[i]][1:]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what a step is taken on
+
+
+def check_samples(pm, micro_batches, step):
+    """Raise ValueError for the classic silent bug: sp ranks that work on different samples, or on one that each has
+    augmented for itself."""
+
+    def sums(batch):
+        tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
+        return {name: zlib.crc32(x.contiguous().view(torch.uint8).numpy()) for name, x in tensors.items()}
+
+    facts = dict(step=step, samples=[batch["samples"] for batch in micro_batches])
+    facts |= dict(shapes=[[list(batch[name].shape) for name in ("latents", "text")] for batch in micro_batches])
+    pm.check_equal(facts | dict(contents=[sums(batch) for batch in micro_batches]), pm.sp_group)
+
+
+def name_odd_samples(micro_batches, data):
+    """Return the names of a step's samples that hold a value that is not finite, on any rank."""
+    return sorted({name for names in together(lambda: odd_samples(micro_batches, data)) for name in names})
+
+
+def odd_samples(micro_batches, data):
+    """Return the names of the samples that hold a value that is not finite, on this rank."""
+    parts = ("samples", "target", "text", "pooled", "image")
+    rows = [row for b in micro_batches for row in zip(*(b[name] for name in parts if name in b))]
+    return [name_of(data, i) for i, *parts in rows if not all(part.isfinite().all() for part in parts)]

@@ -9,7 +9,6 @@ Its steps are train_min.py's `train_step`; latents/ is what full.encode writes. 
 import contextlib
 import math
 import os
-import zlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,15 @@ from full.clips import Preview
 from full.fa4 import attention_kernel
 from full.files import fingerprint, replace_file
 from full.flags import check_train, compute_dtype, default_batch, get_config, is_benchmark, parse_train
-from full.folder import build_data, check_origin, contents_of, hold_out, name_of
+from full.folder import (
+    build_data,
+    check_origin,
+    check_samples,
+    contents_of,
+    hold_out,
+    name_odd_samples,
+    odd_samples,
+)
 from full.lora import add_lora, init_lora, save_lora
 from full.offload import offloaded
 from full.resume import check_same, end_run, find_start, say_changes, what_is_trained
@@ -249,7 +256,7 @@ def batches(data, sampler, pm, args):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what is measured and checked
+# what is measured
 
 
 @torch.no_grad()
@@ -282,31 +289,6 @@ def work_of(pm, config, micro_batches, args):
         # frozen weights have no gradients of their own
         flops += batch["weight"].sum().item() * forward_flops(config, video, text, 2 if args.lora else 3, 3)
     return pm.sum(torch.tensor([tokens, flops], dtype=torch.float64), pm.dp_group).tolist()
-
-
-def check_samples(pm, micro_batches, step):
-    """Raise ValueError for the classic silent bug: sp ranks that work on different samples, or on one that each has
-    augmented for itself."""
-
-    def sums(batch):
-        tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
-        return {name: zlib.crc32(x.contiguous().view(torch.uint8).numpy()) for name, x in tensors.items()}
-
-    facts = dict(step=step, samples=[batch["samples"] for batch in micro_batches])
-    facts |= dict(shapes=[[list(batch[name].shape) for name in ("latents", "text")] for batch in micro_batches])
-    pm.check_equal(facts | dict(contents=[sums(batch) for batch in micro_batches]), pm.sp_group)
-
-
-def name_odd_samples(micro_batches, data):
-    """Return the names of a step's samples that hold a value that is not finite, on any rank."""
-    return sorted({name for names in faults.together(lambda: odd_samples(micro_batches, data)) for name in names})
-
-
-def odd_samples(micro_batches, data):
-    """Return the names of the samples that hold a value that is not finite, on this rank."""
-    parts = ("samples", "target", "text", "pooled", "image")
-    rows = [row for b in micro_batches for row in zip(*(b[name] for name in parts if name in b))]
-    return [name_of(data, i) for i, *parts in rows if not all(part.isfinite().all() for part in parts)]
 
 
 if __name__ == "__main__":
