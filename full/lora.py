@@ -137,11 +137,13 @@ def merge_loras(model, files):
     Returns one sentence a file: what was applied. ValueError, before anything is changed, for a file that is not applied
     whole: see read_lora.
     """
-    params, sums, sentences = dict(model.named_parameters()), {}, []
+    params, sums, sentences, totals = dict(model.named_parameters()), {}, [], {}
+    loras = {file: read_lora(model, file) for file, _ in files}
     for file, strength in files:
-        lora = read_lora(model, file)
-        sentences.append(f"{file}: {lora.summary}, strength {strength:g}")
-        for name, parts in lora.updates.items():
+        totals[file] = totals.get(file, 0.0) + strength  # +50 and -50 of one file are nothing
+        sentences.append(f"{file}: {loras[file].summary}, strength {strength:g}")
+    for file, strength in totals.items():
+        for name, parts in loras[file].updates.items():
             sums.setdefault(name, []).extend((strength, part) for part in parts)
     for name, parts in sums.items():
         param = params[name]
