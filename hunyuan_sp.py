@@ -740,6 +740,7 @@ def initial_values(name, shapes, generator):
 def lesson(token=30):
     """Follow one token through a tiny model of 45 video and 7 text tokens: print what each rank holds at each stage."""
     manager, stages = ParallelManager(1, None, "cpu"), []
+    group = manager.sp_group
     model = HunyuanVideo(HunyuanConfig.preset("tiny", double_depth=1, single_depth=1))
     (double,), (single,) = model.double_blocks, model.single_blocks
 
@@ -764,14 +765,12 @@ def lesson(token=30):
     watch(single, "  the block's output")
     watch(model.final_layer, "final layer, video alone")
     inputs = torch.randn(1, 3, 3, 6, 10), torch.tensor([500.0]), torch.randn(1, 7, 32), [7], torch.randn(1, 32)
-    see("gathered, for sampling only", model(*inputs, group=manager.sp_group))
+    see("gathered, for sampling only", model(*inputs, group=group))
 
     everyone = [None] * manager.world_size
     dist.all_gather_object(everyone, [shapes for _, shapes in stages])
     if manager.is_main:
-        places = [
-            (rank, row, size) for rank, size in enumerate(split_sizes(45, manager.sp_group)) for row in range(size)
-        ]
+        places = [(rank, row, size) for rank, size in enumerate(split_sizes(45, group)) for row in range(size)]
         print("video token {} of 45 lives on rank {}, as row {} of its {}".format(token, *places[token]))
         for n, (name, _) in enumerate(stages):
             print(f"{name:64}" + "   ".join(f"rank {r}: {shapes[n]}" for r, shapes in enumerate(everyone)))
