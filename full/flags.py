@@ -49,17 +49,11 @@ def add_speed_flags(parser):
 
 
 # what goes together: a flag that is given, and those of which one must be given too
-NEEDS = dict(
-    lora_alpha="lora",
-    init_lora="lora",
-    validate="validate_every",
-    sample_prompt="validate_every",
-    image="model prompts",
-)
-NEEDS |= dict(negative_embeds="embeds", negative_prompt="cfg", no_buckets="videos")
+NEEDS = "lora_alpha-lora init_lora-lora validate-validate_every sample_prompt-validate_every image-model|prompts"
+NEEDS += " negative_embeds-embeds negative_embeds-cfg negative_prompt-cfg no_buckets-videos"
 # and flags of which only one is used
 APART = "embeds-prompt embeds-prompts embeds-score prompt-score prompts-score negative_embeds-negative_prompt videos-prompts"
-APART = [pair.split("-") for pair in (APART + " data-height data-width data-frames checkpoint-config").split()]
+APART += " data-height data-width data-frames checkpoint-config"
 
 
 def parse_flags(parser, argv=None):
@@ -69,14 +63,26 @@ def parse_flags(parser, argv=None):
     return args
 
 
-def check_together(args, pairs=()):
-    """Raise ValueError for flags that are given and would not be used. pairs: more of those that are used apart."""
-    for name in args.given:
-        if name in NEEDS and not set(NEEDS[name].split()) & set(args.given):
-            raise ValueError(f"--{name} goes with {' or '.join('--' + other for other in NEEDS[name].split())}")
-    for one, other in (*APART, *pairs):
+def check_together(args, apart=""):
+    """Raise ValueError for flags that are given and would not be used. apart: more of those that are not used together."""
+    for pair in NEEDS.split():
+        name, needed = pair.split("-")
+        if name in args.given and not set(needed.split("|")) & set(args.given):
+            raise ValueError(f"--{name} goes with --{needed.replace('|', ' or --')}")
+    for pair in (APART + " " + apart).split():
+        one, other = pair.split("-")
         if {one, other} <= set(args.given):
             raise ValueError(f"--{one} and --{other} can't be used together: give one of them")
+
+
+def check_used(args, config, sized):
+    """Raise ValueError for flags that this model has no use for. sized: whether a video's size is needed."""
+    unused = [] if sized else ["height", "width", "frames"]
+    unused += [] if config.guidance_embed else ["guidance"]
+    for name in unused:
+        if name in args.given:
+            kind = "embeds no guidance scale" if name == "guidance" else "makes clips of one size"
+            raise ValueError(f"--{name} is of no use: this model {kind}")
 
 
 def check_range(args, names, low, high=math.inf):
@@ -180,6 +186,7 @@ def check_train(args, config):
     check_range(args, "guidance", 0.0)
     check_range(args, "ema", 0.0, 0.999999)
     check_together(args)
+    check_used(args, config, sized=config.out_channels != 3)
     attention_kernel(args.attention)
     if args.lora and not (args.weights or args.model or is_benchmark(args)):
         raise ValueError("--lora changes weights that are there: give --model or --weights")

@@ -29,6 +29,7 @@ from full.flags import (
     add_speed_flags,
     check_range,
     check_together,
+    check_used,
     compute_dtype,
     parse_flags,
     parser_of,
@@ -120,6 +121,7 @@ class Job:
         compare_ranks(self.pm, args, self.snapshot)
         self.source = Source(self.pm, args, config)
         self.toy = self.source.config.out_channels == 3
+        check_used(args, self.source.config, sized=not self.toy)
         self.real = bool(args.weights or self.source.path) and not self.toy  # a toy or a benchmark is made each time
         prompts = read_prompts(args, self.source.config)
         shared = made_of(args, self.source, self.snapshot)

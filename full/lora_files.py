@@ -40,7 +40,8 @@ BASE = (
     "base_model_version",
     "base_model_name_or_path",
 )
-OTHERS = r"flux|wan|ltx|qwen|sdxl|sd3|stable.?diffusion|cogvideo|mochi|chroma|pixart|lumina|hidream|hunyuan.?(video)?.?1\.?5|hunyuan.?image"
+OURS = r"hunyuan.?video(?!.?1.?5)"
+OTHERS = r"(?<![a-z])(flux|wan|ltx|qwen|sdxl|sd3|stable.?diffusion|cogvideo|mochi|chroma|pixart|lumina|hidream|hunyuan)(?![a-z])"
 
 
 class Part(NamedTuple):
@@ -180,7 +181,7 @@ def stated_facts(file, header):
             root = root or key in ("use_rslora", "rslora") and value in (True, "True", "true")
             base += ((key, str(value)),) if key in BASE and isinstance(value, str) else ()
             for fact, names in (("alpha", ALPHA), ("rank", RANK)):
-                if key in names and value not in (None, "None", ""):
+                if key in names and value not in (None, "None", "", "Dynamic"):  # the last: each layer has its own
                     found[fact][where] = number(file, where, key, value)
     for fact, values in found.items():
         if len(set(values.values())) > 1:
@@ -221,8 +222,8 @@ def flatten(file, where, source, depth=0):
 def check_base(file, facts):
     """Raise ValueError if the file says that it is for another model."""
     for key, value in facts.base:
-        ours = re.search(r"hunyuan.?video", value, re.I) and not re.search(OTHERS, value, re.I)
-        if not ours and (re.search(OTHERS, value, re.I) or "." in key or key.startswith("ss_")):
+        names_a_kind = "." in key or key.startswith("ss_")  # base_model_name_or_path may be any path
+        if not re.search(OURS, value, re.I) and (names_a_kind or re.search(OTHERS, value, re.I)):
             raise ValueError(f"{file} is a LoRA of another model: its {key} is {value[:60]!r}")
 
 

@@ -20,7 +20,7 @@ def resolve(args):
         args.checkpoint = "out"
     if args.model:
         args.weights = args.weights or str(Path(args.model) / "transformer")
-    if not args.model and not args.config and args.weights:
+    if args.weights and not (args.model or args.config or args.checkpoint):
         args.config = "13b"
     if args.blocks and not (args.model or args.config):
         raise ValueError("--blocks goes with --config")

@@ -115,6 +115,12 @@ def check_lora_curve_and_resume(pm, folder):
         assert [e["loss"] for e in losses(own / "plain")] == [e["loss"] for e in losses(own)]
     with pytest.raises(ValueError, match=r"lora: \[2, 4.0, '[\w-]+'\] there, \[3, 4.0, '[\w-]+'\] here"):
         train(pm, *flags, "--out", str(own), "--resume", "--lora", "3")
+    if pm.world_size == 1:  # on top of weights that are no snapshot's
+        clips = [own / "checkpoint", own / "file"]
+        infer(pm, "--checkpoint", own, "--weights", base, "--output", clips[0])
+        blocks = ["--config", "tiny", "--blocks", "1,1"]
+        infer(pm, "--weights", base, *blocks, "--lora", own / "lora.safetensors", "--output", clips[1])
+        close(*(load_file(f"{clip}.safetensors")["latents"] for clip in clips), 1e-5)
     with pytest.raises(ValueError, match="is a LoRA: give its base model"):
         infer(pm, "--checkpoint", own)
 
@@ -227,9 +233,11 @@ def check_pipelines(pm, folder):
                 pipe = diffusers_makes(folder, kind)
                 same_text(folder, kind, pipe)
                 there_and_back(folder, kind, pipe)
+            embeds_guidance = config_from_diffusers(folder / kind / "transformer/config.json").guidance_embed
+            size = [*SIZE, *(["--guidance", 4] if embeds_guidance else [])]
             for cfg in (1.0, 3.0):
                 output, frames = folder / f"{kind}-{cfg}-{pm.dp_size}x{pm.sp_size}", []
-                flags = ["--model", folder / kind, *SIZE, "--guidance", 4, "--cfg", cfg]
+                flags = ["--model", folder / kind, *size, "--cfg", cfg]
                 flags += ["--image", folder / "first.png"] if kind != "t2v" else []
                 flags += ["--prompt", PROMPT, *(["--negative_prompt", NEGATIVE] if cfg > 1 else []), "--output", output]
                 flags += ["--shard"] if cfg > 1 and pm.world_size > 1 else []
@@ -245,7 +253,7 @@ def check_pipelines(pm, folder):
                     assert difference.max() <= 1 and difference.float().mean() < 1e-3, difference.float().mean()
             if pm.world_size == 1:
                 output = folder / f"{kind}-embedded"
-                flags = ["--model", folder / kind, *SIZE, "--guidance", 4, "--embeds", embeds_of(pm, folder, kind)]
+                flags = ["--model", folder / kind, *size, "--embeds", embeds_of(pm, folder, kind)]
                 flags += ["--image", folder / "first.png"] if kind != "t2v" else []
                 infer(pm, *flags, "--output", output)
                 ours, truth = (load_file(f"{name}.safetensors") for name in (output, folder / f"{kind}-1.0-1x1"))

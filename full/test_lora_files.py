@@ -118,6 +118,7 @@ REFUSED = {  # tensors, header, side files: what is said
     "FLUX by its header": (plain(), {"modelspec.architecture": "flux-1-dev/lora"}, None, "another model: its modelspec"),
     "Wan by its version": (plain(), dict(ss_base_model_version="wan2.1"), None, "another model: its ss_base_model_version"),
     "another base beside": (plain(), None, peft(base_model_name_or_path="black-forest-labs/FLUX.1-dev"), "its base_model_name"),
+    "HunyuanVideo 1.5": (plain(), {"modelspec.architecture": "hunyuan-video-1.5/lora"}, None, "another model: its modelspec"),
     "DoRA": (plain(dora_scale=torch.ones(C, 1)), None, None, "is a DoRA"),
     "DoRA by its config": (plain(), None, peft(use_dora=True, lora_alpha=4), "is a DoRA"),
     "LoKr": ({f"{LAYER}.lokr_w1": A}, None, None, "is a LoKr"),
@@ -127,6 +128,16 @@ REFUSED = {  # tensors, header, side files: what is said
     "twice, in two namings": (plain() | plain("transformer.transformer_blocks.0.attn.to_out.0"), None, None, "twice"),
     "another layer": (plain("lora_unet_double_blocks_9_img_attn_proj"), None, None, "belongs to none of its layers"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("header, side", [
+    ({"modelspec.architecture": "hunyuan-video/lora", "ss_base_model_version": "hunyuan_video"}, None),
+    (None, peft(base_model_name_or_path="/home/wang/models/HunyuanVideo")),
+    (None, peft(base_model_name_or_path="/data/my snapshot")),
+    (dict(ss_network_dim="Dynamic", ss_network_alpha="Dynamic", ss_tag_frequency="{"), None),
+])  # fmt: skip
+def test_files_of_this_model_are_read(header, side, tmp_path):
+    close(update_of(write(tmp_path / "a.safetensors", plain(), header, side)), B @ A, 1e-5)
 
 
 @pytest.mark.parametrize("what", REFUSED)

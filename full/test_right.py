@@ -45,6 +45,8 @@ TINY = HunyuanConfig.preset("tiny")
     (parse_infer, "--score 3 --prompt b", "--prompt and --score can't be used together"),
     (parse_infer, "--negative_embeds a", "--negative_embeds goes with --embeds"),
     (parse_infer, "--negative_prompt a", "--negative_prompt goes with --cfg"),
+    (parse_infer, "--embeds a --negative_embeds a", "--negative_embeds goes with --cfg"),
+    (parse_encode, "--model x --output y --prompts b --frames 5", "--prompts and --frames can't be used together"),
     (parse_infer, "--checkpoint a --config tiny", "--checkpoint and --config can't be used together"),
     (parse_encode, "--model x --output y --videos a --prompts b", "--videos and --prompts can't be used together"),
     (parse_encode, "--model x --output y --prompts b --no_buckets", "--no_buckets goes with --videos"),
@@ -52,8 +54,20 @@ TINY = HunyuanConfig.preset("tiny")
 ])  # fmt: skip
 def test_a_flag_is_used_or_refused(parse, flags, said):
     args = parse("", flags.split()) if parse is parse_train else parse(flags.split())
+    pairs = "prompts-height prompts-width prompts-frames" if parse is parse_encode else ""
     with pytest.raises(ValueError, match=said):
-        check_together(args)
+        check_together(args, pairs)
+
+
+@pytest.mark.parametrize("program, flags, said", [
+    ("full.train", "--height 64 --steps 1", "--height is of no use: this model makes clips of one size"),
+    ("full.train", "--guidance 6 --steps 1", "--guidance is of no use: this model embeds no guidance scale"),
+    ("full.infer", "--config tiny --frames 5", "--frames is of no use: this model makes clips of one size"),
+    ("full.infer", "--config tiny --guidance 2", "--guidance is of no use: this model embeds no guidance scale"),
+])  # fmt: skip
+def test_a_flag_that_the_model_has_no_use_for(program, flags, said, tmp_path):
+    ((code, printed),) = fork(program, *flags.split(), out=tmp_path)
+    assert code == 1 and printed.startswith(f"error: {said}"), printed
 
 
 # --------------------------------------------------------------------------------------------------------------------
