@@ -7,6 +7,7 @@
 Ranks share the weights with --shard; rank 0 writes. Needs huggingface_hub, of the extra [pipeline].
 """
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def export(args):
     lora_files(args.lora)
     pm = faults.init(None, 1, args.device, args.timeout)
     pm.check_equal(vars(args), pm.world_group)
-    model = Source(pm, args, config).build_model(args.shard)
+    source = Source(pm, args, config)
+    pm.check_equal(dict(config=asdict(source.config), files=source.facts()), pm.world_group)
+    model = source.build_model(args.shard)
     faults.on_main(lambda: Path(args.output).mkdir(parents=True, exist_ok=True))
     save_weights(model, args.output, args.naming)
     if pm.is_main:

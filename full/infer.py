@@ -118,13 +118,14 @@ class Job:
     def __init__(self, args):
         self.args, (self.snapshot, config) = args, check_args(args)
         self.pm = faults.init(args.dp, args.sp, args.device, args.timeout)
-        compare_ranks(self.pm, args, self.snapshot)
+        compare_ranks(self.pm, args)
         self.source = Source(self.pm, args, config)
         self.toy = self.source.config.out_channels == 3
         check_used(args, self.source.config, sized=not self.toy)
         self.real = bool(args.weights or self.source.path) and not self.toy  # a toy or a benchmark is made each time
         prompts = read_prompts(args, self.source.config)
         shared = made_of(args, self.source, self.snapshot)
+        self.pm.check_equal(dict(shared=shared), self.pm.world_group)
         clips = [Clip(args, n, prompt, len(prompts), shared) for n, prompt in enumerate(prompts)]
         self.todo = self.leave_out_made(clips)
         # every group makes as many, since all ranks take the same number of steps: the last one may be another group's
@@ -183,10 +184,10 @@ def check_args(args):
     return snapshot, config
 
 
-def compare_ranks(pm, args, snapshot):
+def compare_ranks(pm, args):
     """Raise ValueError if ranks have other flags or files; settle what depends on the device."""
-    files = [*(args.embeds or ()), args.prompts, args.negative_embeds, args.image]
-    facts = dict(torch=torch.__version__, device_type=pm.device.type, snapshot=snapshot and snapshot.facts())
+    files = [*(args.embeds or ()), args.prompts]
+    facts = dict(torch=torch.__version__, device_type=pm.device.type)
     facts["files"] = [fingerprint([file]) for file in files if file and Path(file).is_file()]
     pm.check_equal(vars(args) | facts, pm.world_group)
     args.dtype = str(compute_dtype(args, pm.device)).removeprefix("torch.")

@@ -1,6 +1,8 @@
 """What the ranks of a layout do with LoRA and with snapshots: equal to one device, and to diffusers' own pipelines."""
 
+import os
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import full.clips
 import full.encode
+import full.export
+import full.train
 import test_sp
 from comm import split_sequence
 from full.faults import on_main
@@ -123,6 +127,35 @@ def check_lora_curve_and_resume(pm, folder):
         close(*(load_file(f"{clip}.safetensors")["latents"] for clip in clips), 1e-5)
     with pytest.raises(ValueError, match="is a LoRA: give its base model"):
         infer(pm, "--checkpoint", own)
+
+
+def check_ranks_with_other_files(pm, folder):
+    """Sampling, export and training compare what goes in: a tensor of the weights, the config, of one rank alone."""
+    if pm.world_size == 1:
+        return
+    own, flags = folder / f"other-{pm.dp_size}x{pm.sp_size}" / str(pm.rank), ["--config", "tiny", "--blocks", "1,1"]
+    model = random_model(HunyuanConfig.preset("tiny", double_depth=1, single_depth=1), dtype=torch.float32)
+    if pm.rank == pm.world_size - 1:
+        model.final_layer.linear.bias.data += 1
+    own.mkdir(parents=True)
+    save_file(model.state_dict(), own / "a.safetensors")
+    os.chdir(own)  # the same flags on all ranks
+    with pytest.raises(ValueError, match="differ in shared"):
+        infer(pm, *flags, "--weights", "a.safetensors", "--output", "never")
+    with pytest.raises(ValueError, match="differ in files"):
+        export = full.export.parse(
+            [*flags, "--weights", "a.safetensors", "--output", "never", "--device", pm.device.type]
+        )
+        full.export.export(export)
+    with pytest.raises(ValueError, match="differ in weight_files"):
+        train(pm, *flags, "--weights", "a.safetensors", "--steps", 1, "--out", "never")
+    theta = replace(HunyuanConfig.preset("tiny"), rope_theta=256.0 + (pm.rank > 0))
+    with (
+        mock.patch.object(full.train, "get_config", lambda args: theta),
+        pytest.raises(ValueError, match="differ in config"),
+    ):
+        train(pm, "--steps", 1, "--out", "never")
+    os.chdir(folder)
 
 
 def tiles_of_64_pixels():
@@ -264,8 +297,10 @@ def check_pipelines(pm, folder):
 # what the ranks of each layout have found meanwhile
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
-ONLY = dict(lora_curve_and_resume="1x1 1x2 2x2", pipelines="1x1 1x2 1x3", decoding="1x1 1x2 1x3")
-NEEDED = {name: [name] for name in ONLY}  # of 1x1
+ONLY = dict(
+    ranks_with_other_files="1x2", lora_curve_and_resume="1x1 1x2 2x2", pipelines="1x1 1x2 1x3", decoding="1x1 1x2 1x3"
+)
+NEEDED = {name: [name] for name in ONLY if "1x1" in ONLY[name]}  # of 1x1
 
 
 @test_sp.on_layouts(CHECKS, ONLY)

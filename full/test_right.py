@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from full import faults, screen
 from full.average import Average
+from full.checkpoints import read_manifest, write_manifest
 from full.encode import encode_one, size_of
 from full.encode import parse as parse_encode
 from full.export import parse as parse_export
@@ -25,7 +26,7 @@ from full.names import config_from_diffusers
 from full.snapshot import Snapshot, TextEncoders
 from full.video import mp4, strip
 from hunyuan_sp import HunyuanConfig
-from test_sp import close, draws, fork
+from test_sp import close, draws, fork, random_model
 
 TINY = HunyuanConfig.preset("tiny")
 
@@ -179,6 +180,33 @@ def test_a_resumed_run_says_that_its_samples_are_others(tmp_path):
     sample(tmp_path / "data/2.safetensors", value=2.0)
     ((code, printed),) = fork("full.train", *flags, "--steps", 2, "--resume", out=tmp_path)
     assert code == 0 and "other than before: what is in the samples" in printed, printed
+
+
+def test_a_lora_of_the_version_before_goes_on(tmp_path):
+    """Its base weights' fingerprint is compared with one that is made as then; other weights are refused."""
+    model = random_model(replace(TINY, double_depth=1, single_depth=1), dtype=torch.float32)
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    flags = [
+        "--config",
+        "tiny",
+        "--blocks",
+        "1,1",
+        "--weights",
+        tmp_path / "base.safetensors",
+        "--lora",
+        2,
+        "--batch",
+        2,
+    ]
+    flags += ["--out", tmp_path / "out", "--save_every", 1]
+    ((code, printed),) = fork("full.train", *flags, "--steps", 1, out=tmp_path)
+    assert code == 0, printed
+    earlier, folder = fingerprint([tmp_path / "base.safetensors"], like="0"), tmp_path / "out/step-1"
+    for base, status in (("0" * 16, 1), (earlier, 0)):
+        manifest = {k: v for k, v in read_manifest(folder).items() if k != "crc32"}
+        write_manifest(folder, manifest | dict(lora=[*manifest["lora"][:2], base]))
+        ((code, printed),) = fork("full.train", *flags, "--steps", 2, "--resume", out=tmp_path)
+        assert code == status and ("is of another model: lora: " in printed) == (status == 1), printed
 
 
 def test_a_video_that_is_another_one_on_this_host(tmp_path):

@@ -132,6 +132,8 @@ class Run:
         kinds = dict(shapes=self.data.shapes, names=self.data.names)  # a step takes samples of one shape
         layout = pm.dp_rank, pm.dp_size, args.accumulation
         self.sampler = DPSPBatchSampler(len(self.data), args.batch, *layout, args.seed, **kinds)
+        if base := (self.state.get("lora") or [""])[-1]:  # as the version that saved it makes a fingerprint
+            weights = fingerprint(weight_files(args.weights), like=base)
         self.trained = what_is_trained(args, weights, self.held)
         if path:
             check_same(config, self.trained, self.state, path)
