@@ -53,7 +53,12 @@ class Folder:
         with open_safetensors(file) as handle:
             shapes, made_by = shapes_in(handle), (handle.metadata() or {}).get("made_by")
         if made_by:
-            facts = {name: value for name, value in json.loads(made_by).items() if name in ("kind", "encoders")}
+            try:
+                facts = {name: value for name, value in json.loads(made_by).items() if name in ("kind", "encoders")}
+            except (ValueError, AttributeError, RecursionError):
+                raise ValueError(
+                    f"{file} has a header that full.encode has not written: made_by {made_by[:40]!r}"
+                ) from None
             self.origins.setdefault(json.dumps(facts, sort_keys=True), file)
             if facts.get("kind") != config.image_condition_type:
                 kinds = [kind or "text-to-video" for kind in (facts.get("kind"), config.image_condition_type)]

@@ -117,6 +117,14 @@ def test_samples_of_another_kind_or_of_two_snapshots_are_refused(tmp_path):
         Folder(TINY, tmp_path / "b")
 
 
+@pytest.mark.parametrize("made_by", ["me", "[" * 10**5, "7"])
+def test_a_sample_with_an_odd_header(made_by, tmp_path):
+    tensors = dict(latents=torch.zeros(3, 1, 4, 4), text=torch.ones(2, 32), pooled=torch.ones(32))
+    save_file(tensors, tmp_path / "a.safetensors", dict(made_by=made_by))
+    with pytest.raises(ValueError, match="a.safetensors has a header that full.encode has not written"):
+        Folder(TINY, tmp_path)
+
+
 def test_samples_of_another_snapshot_are_refused(snapshot, tmp_path):
     """Also if their fingerprints are an earlier version's; another DiT is no other snapshot for them."""
     other = tmp_path / "other"
