@@ -185,7 +185,7 @@ def worker(rank, world, layout, module, checks, folder, cuda):
     dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     pm = ParallelManager(dp, sp, "cuda" if cuda else "cpu")
     for group in (pm.dp_group, pm.sp_group):
-        dist.distributed_c10d._set_pg_timeout(patience, group)
+        (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(patience, group)
     for name, options in checks.items():
         try:
             module.CHECKS[name](pm, folder, **options)

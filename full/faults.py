@@ -46,8 +46,10 @@ def init(dp=None, sp=1, device_type=None, timeout=600.0):
 
 def limit_waits(mesh, timeout):
     """Give the groups of a mesh this time-out in seconds: those that init_device_mesh makes wait for 30 minutes."""
+    # public from torch 2.14 on
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in mesh.get_all_groups():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+        set_timeout(timedelta(seconds=timeout), group)
 
 
 def check_launch():
