@@ -54,7 +54,7 @@ def read_utf8(path):
 def read_json(path):
     """Return the object in a JSON file; ValueError if the file holds anything else."""
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} can't be read as JSON ({error!r})") from None
     if not isinstance(value, dict):

@@ -55,7 +55,9 @@ class Folder:
         if made_by:
             try:
                 facts = {name: value for name, value in json.loads(made_by).items() if name in ("kind", "encoders")}
-            except (ValueError, AttributeError, RecursionError):
+                if any(type(x) is not str for x in facts.get("encoders") or ()):
+                    raise ValueError
+            except (ValueError, TypeError, AttributeError, RecursionError):
                 raise ValueError(
                     f"{file} has a header that full.encode has not written: made_by {made_by[:40]!r}"
                 ) from None
@@ -104,7 +106,7 @@ def contents_of(data):
         return f"{len(data)} samples"
     empty = Path(data.files[0]).with_name(Folder.EMPTY)
     files = [*data.files, *([empty] if empty.is_file() else [])]
-    return f"{len(data)} files, {fingerprint(files, whole=0)}, {zlib.crc32(repr(data.shapes).encode()):08x}"
+    return f"{len(data)} files, {fingerprint(files, whole=1 << 20)}, {zlib.crc32(repr(data.shapes).encode()):08x}"
 
 
 def check_origin(data, model):

@@ -41,7 +41,7 @@ BASE = (
     "base_model_name_or_path",
 )
 OURS = r"hunyuan.?video(?!.?1.?5)"
-OTHERS = r"(?<![a-z])(flux|wan|ltx|qwen|sdxl|sd3|stable.?diffusion|cogvideo|mochi|chroma|pixart|lumina|hidream|hunyuan)(?![a-z])"
+OTHERS = r"(?<![a-z])(flux|wan|ltx|qwen|sdxl|sd3|stable.?diffusion|cogvideo|mochi|chroma|pixart|lumina|hidream|framepack\w*|hunyuan)(?![a-z])"
 
 
 class Part(NamedTuple):
@@ -171,18 +171,21 @@ def stated_facts(file, header):
         side = Path(file).with_name(name)
         if side.is_file():
             sources[name] = parse_json(file, name, side.read_text(errors="replace"))
-    found, root, base = defaultdict(dict), False, ()
+    found, base = defaultdict(dict), ()
     for where, source in sources.items():
         for key, value in flatten(file, where, source):
             if key in ("alpha_pattern", "rank_pattern") and value:
                 raise ValueError(f"{file}: its {where} has an {key}, which is not read")
-            if key == "use_dora" and value in (True, "True", "true"):
+            if key == "use_dora" and str(value).lower() in ("true", "1"):
                 raise ValueError(f"{file} is a DoRA, as its {where} says: only plain LoRA is read")
-            root = root or key in ("use_rslora", "rslora") and value in (True, "True", "true")
+            if key in ("use_rslora", "rslora"):
+                found["root"][f"{where}'s {key}"] = float(str(value).lower() in ("true", "1"))
             base += ((key, str(value)),) if key in BASE and isinstance(value, str) else ()
             for fact, names in (("alpha", ALPHA), ("rank", RANK)):
-                if key in names and value not in (None, "None", "", "Dynamic"):  # the last: each layer has its own
-                    found[fact][where] = number(file, where, key, value)
+                # "Dynamic": each layer has its own
+                if key in names and value not in (None, "None", "", "Dynamic") and not isinstance(value, bool):
+                    place = f"{where}'s {key}" + " again" * (f"{where}'s {key}" in found[fact])
+                    found[fact][place] = number(file, where, key, value)
     for fact, values in found.items():
         if len(set(values.values())) > 1:
             both = " and ".join(f"{value:g} in its {where}" for where, value in values.items())
@@ -191,7 +194,9 @@ def stated_facts(file, header):
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"{file} has alpha {alpha} in its {where}, which is no strength")
     rank = next(iter(found["rank"].values()), None)
-    return Facts(alpha, rank and int(rank), root, where, base)
+    if rank is not None and not (rank > 0 and rank.is_integer()):
+        raise ValueError(f"{file} has rank {rank}, which is no number of rows")
+    return Facts(alpha, rank and int(rank), 1.0 in found["root"].values(), where, base)
 
 
 def number(file, where, key, value):
@@ -210,13 +215,20 @@ def parse_json(file, where, text):
 
 def flatten(file, where, source, depth=0):
     """Yield (key, value) of nested objects, and of JSON kept in strings; keys without the prefix of a component."""
+    if not isinstance(source, dict):
+        raise ValueError(f"{file}: its {where} holds no JSON object")
     for key, value in source.items():
-        if isinstance(value, str) and value.lstrip()[:1] == "{" and key != "ss_tag_frequency":
-            value = parse_json(file, f"{where}'s {key}", value)
+        key = key.removeprefix("transformer.")
+        if isinstance(value, str) and value.lstrip()[:1] == "{":
+            try:
+                value = parse_json(file, f"{where}'s {key}", value)
+            except ValueError:
+                if key == "lora_adapter_metadata":  # others may be words: {trigger} dances
+                    raise
         if isinstance(value, dict) and depth < 4 and key not in ("alpha_pattern", "rank_pattern"):
             yield from flatten(file, where, value, depth + 1)
         else:
-            yield key.removeprefix("transformer."), value
+            yield key, value
 
 
 def check_base(file, facts):

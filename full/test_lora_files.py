@@ -109,9 +109,16 @@ REFUSED = {  # tensors, header, side files: what is said
     "alpha infinite in the header": (plain(), dict(lora_alpha="inf"), None, "alpha inf in its header"),
     "alpha NaN beside": (plain(), None, peft(lora_alpha=math.nan), "alpha nan in its adapter_config.json"),
     "alpha is a word": (plain(), dict(ss_network_alpha="much"), None, "'much', which is no number"),
-    "two alphas": (plain(), dict(ss_network_alpha="8"), peft(lora_alpha=4), "two values of alpha: 8 in its header and 4 in"),
+    "two alphas": (plain(), dict(ss_network_alpha="8"), peft(lora_alpha=4), "two values of alpha: 8 in its header.* and 4 in"),
     "another alpha in its tensors": (plain(alpha=torch.tensor(8.0)), dict(ss_network_alpha="4"), None, "two alphas: 4 .* 8 in"),
     "another rank": (plain(), dict(rank="16"), None, r"says that its rank is 16, and its layers have \[4\]"),
+    "two alphas in one header": (plain(), dict(ss_network_alpha="16", lora_alpha="4"), None, "two values of alpha"),
+    "patterns in diffusers' header": (
+        plain(), dict(lora_adapter_metadata=json.dumps({"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.alpha_pattern": {"a": 32}})), None, "has an alpha_pattern",
+    ),
+    "a side file that is a list": (plain(), None, {"adapter_config.json": [1]}, "holds no JSON object"),
+    "an infinite rank": (plain(), dict(rank="inf"), None, "has rank inf"),
+    "two that differ by the root": (plain(), dict(use_rslora="False"), peft(use_rslora=True, lora_alpha=4), "two values of root"),
     "patterns": (plain(), None, peft(lora_alpha=4, alpha_pattern={"to_q": 8}), "has an alpha_pattern"),
     "a deep header": (plain(), dict(lora_adapter_metadata=deep(100_000)), None, "can't be read as JSON"),
     "half a header": (plain(), dict(lora_adapter_metadata='{"a": '), None, "can't be read as JSON"),
@@ -134,6 +141,7 @@ REFUSED = {  # tensors, header, side files: what is said
     ({"modelspec.architecture": "hunyuan-video/lora", "ss_base_model_version": "hunyuan_video"}, None),
     (None, peft(base_model_name_or_path="/home/wang/models/HunyuanVideo")),
     (None, peft(base_model_name_or_path="/data/my snapshot")),
+    ({"modelspec.description": "{trigger} dances", "training": json.dumps(dict(dataset=dict(alpha=True)))}, None),
     (dict(ss_network_dim="Dynamic", ss_network_alpha="Dynamic", ss_tag_frequency="{"), None),
 ])  # fmt: skip
 def test_files_of_this_model_are_read(header, side, tmp_path):

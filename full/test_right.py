@@ -117,7 +117,7 @@ def test_samples_of_another_kind_or_of_two_snapshots_are_refused(tmp_path):
         Folder(TINY, tmp_path / "b")
 
 
-@pytest.mark.parametrize("made_by", ["me", "[" * 10**5, "7"])
+@pytest.mark.parametrize("made_by", ["me", "[" * 10**5, "7", '{"encoders": 5}', '{"encoders": [1]}'])
 def test_a_sample_with_an_odd_header(made_by, tmp_path):
     tensors = dict(latents=torch.zeros(3, 1, 4, 4), text=torch.ones(2, 32), pooled=torch.ones(32))
     save_file(tensors, tmp_path / "a.safetensors", dict(made_by=made_by))
