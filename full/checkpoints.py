@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from full.faults import on_main, sentence_of, together
 from full.files import checksum, printable, read_json, replace_file
@@ -188,13 +188,10 @@ class Checkpoints:
         params = {f"optimizer.state.{name}": param for name, param in model.named_parameters()} if optimizer else {}
         fresh = {name: param for name, param in params.items() if name not in stateful}
         wanted = {key: value for key, value in tensors.items() if key.rpartition(".")[0] not in fresh}
+        # the tensors are the model's and the optimizer's own: they are filled in place
         _or_oserror(told, partial(dcp.load, wanted, storage_reader=reader))
-        if optimizer:
-            state = get_optimizer_state_dict(model, optimizer, options=FLAT)
-            loaded = {name: tensors.get(f"optimizer.{name}", value) for name, value in state.items()}
-            set_optimizer_state_dict(model, optimizer, loaded, options=FLAT)
-            for param in fresh.values():
-                optimizer.state.pop(param, None)
+        for param in fresh.values():
+            optimizer.state.pop(param, None)
 
 
 def _save_at_once(tensors, **rules):

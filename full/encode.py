@@ -52,20 +52,24 @@ def encode(args):
         raise ValueError("give --videos FOLDER or --prompts FILE")
     snapshot = Snapshot(args.model)
     pm = faults.init(None, 1, args.device, args.timeout)
-    pm.check_equal(vars(args) | dict(encoders=snapshot.facts()), pm.world_group)
+    facts = snapshot.facts()
+    pm.check_equal(vars(args) | dict(encoders=facts), pm.world_group)
     faults.on_main(lambda: Path(args.output).mkdir(parents=True, exist_ok=True))
-    return encode_prompts(pm, snapshot, args) if args.prompts else encode_videos(pm, snapshot, args)
+    return encode_prompts(pm, snapshot, args) if args.prompts else encode_videos(pm, snapshot, facts, args)
 
 
-def encode_videos(pm, snapshot, args):
-    """Encode videos and images with captions -> one .safetensors each, as full.train reads them; and the empty prompt."""
+def encode_videos(pm, snapshot, facts, args):
+    """Encode videos and images with captions -> one .safetensors each, as full.train reads them; and the empty prompt.
+
+    facts: the snapshot's.
+    """
     out, began = Path(args.output), time.perf_counter()
     found = faults.on_main(lambda: [(*pair, size_of(pair[0])) for pair in videos_and_captions(Path(args.videos))])
     tools = []
     for rank in range(pm.world_size):  # one after another: a host reads one rank's encoders at a time
         faults.together(partial(load_tools, tools, snapshot, pm) if pm.rank == rank else lambda: None)
     made_by = dict(size=[args.height, args.width, args.frames, args.no_buckets])
-    made_by |= dict(kind=snapshot.kind, encoders=snapshot.facts(), template=template_of(snapshot.kind))
+    made_by |= dict(kind=snapshot.kind, encoders=facts, template=template_of(snapshot.kind))
     encoders, vae = tools
     if not snapshot.kind:
         empty = dict(zip(("text", "pooled"), encoders(""))) if pm.is_main else {}

@@ -111,10 +111,10 @@ def contents_of(data):
 
 def check_origin(data, model):
     """Raise ValueError if samples were encoded by another snapshot than this one."""
+    files = encoder_files(model)
     for made_by, file in data.origins.items():
         stored = json.loads(made_by).get("encoders") or []
-        files = encoder_files(model)
-        ours = [fingerprint([file], like=like) for file, like in zip(files, stored)]
+        ours = [fingerprint([part], like=like) for part, like in zip(files, stored)]
         if len(files) != len(stored) or ours != stored:
             raise ValueError(
                 f"{file} was encoded by another snapshot than {model}: encode the videos again with --model"

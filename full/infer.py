@@ -116,7 +116,7 @@ class Job:
     """What is to be sampled: where the model comes from, the clips to make, and which of them are this rank's group's."""
 
     def __init__(self, args):
-        self.args, (self.snapshot, config) = args, check_args(args)
+        self.args, (self.snapshot, config, self.image) = args, check_args(args)
         self.pm = faults.init(args.dp, args.sp, args.device, args.timeout)
         compare_ranks(self.pm, args)
         self.source = Source(self.pm, args, config)
@@ -143,22 +143,18 @@ class Job:
 
     def encode(self):
         """Return {prompt: (text, pooled)}, the negative ([text], pooled [1, ..]), and the image's latents or None."""
-        args, prompts, size = (
-            self.args,
-            sorted({clip.prompt for clip in self.todo}),
-            (self.args.width, self.args.height),
-        )
-        image = read_image(args.image) if args.image else None
+        args, size = self.args, (self.args.width, self.args.height)
+        prompts = sorted({clip.prompt for clip in self.todo})
         if self.snapshot and not args.embeds:
-            texts, negative = self.snapshot.encode(self.pm, prompts, args.negative_prompt, image, size)
+            texts, negative = self.snapshot.encode(self.pm, prompts, args.negative_prompt, self.image, size)
         else:
             texts, negative = embed_prompts(args, self.source.config, prompts)
         negative = [negative[0].to(self.pm.device)], negative[1].to(self.pm.device)[None]
-        return texts, negative, self.snapshot.encode_image(self.pm, image, size) if image else None
+        return texts, negative, self.snapshot.encode_image(self.pm, self.image, size) if self.image else None
 
 
 def check_args(args):
-    """Return the snapshot of --model, or None, and the config, if flags have it, before the ranks meet.
+    """Return the snapshot of --model, the config, if flags have it, and the image, or None, before the ranks meet.
 
     ValueError for flags that are out of range, or do not go together. Fills in what follows from other flags.
     """
@@ -176,12 +172,11 @@ def check_args(args):
     if snapshot:
         snapshot.check_image(args.image, args.frames)
         args.shift = args.shift or snapshot.shift
-    if args.image:
-        read_image(args.image)
+    image = read_image(args.image) if args.image else None
     if config and config.out_channels != 3:
         latent_shape(config, args.height, args.width, args.frames)
     lora_files(args.lora)
-    return snapshot, config
+    return snapshot, config, image
 
 
 def compare_ranks(pm, args):

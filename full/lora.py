@@ -72,7 +72,7 @@ def save_lora(model, file, naming="original", **facts):
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "hunyuan-video/lora",
         "modelspec.implementation": "https://github.com/Tencent/HunyuanVideo",
-        "modelspec.title": facts.get("title", "LoRA"),
+        "modelspec.title": "LoRA",
         "modelspec.date": header["date"],
     }
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -27,7 +27,7 @@ KINDS = {  # a pattern of its names: what it is
     r"dora_scale|lora_magnitude_vector": "a DoRA",
     r"lokr_": "a LoKr",
     r"hada_": "a LoHa",
-    r"oft_|oft_blocks": "an OFT",
+    r"oft_": "an OFT",
     r"lora_mid": "a LoRA with a middle part",
     r"lora_[AB](\.\w+)?\.bias|\.(w|b)_norm$": "a LoRA with biases",
 }

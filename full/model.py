@@ -38,7 +38,7 @@ class Source:
         if args.checkpoint:
             self.checkpoints = Checkpoints(pm, args.checkpoint, args.timeout)
             self.path, self.manifest = self.checkpoints.find()
-            trained = HunyuanConfig.from_dict(dict(image_condition_type=None) | self.manifest["config"])
+            trained = HunyuanConfig.from_dict(self.manifest["config"])
             if config not in (None, trained):
                 raise ValueError(f"{self.path} is of another model than --model or --config: {trained}, not {config}")
             config = trained

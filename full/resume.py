@@ -59,7 +59,7 @@ def what_is_trained(args, weights, held):
 
 def check_same(config, trained, state, path):
     """Raise ValueError with what differs from what a checkpoint was trained with."""
-    new = dict(image_condition_type=None, lora=None, ema=False, held_out=trained["held_out"])  # an older checkpoint's
+    new = dict(ema=False, held_out=trained["held_out"])  # an older checkpoint's
     was = new | state["config"] | {name: state[name] for name in trained if name in state}
     now = json.loads(json.dumps(asdict(config) | trained))
     if wrong := [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]:

@@ -108,7 +108,8 @@ def template_of(kind):
     """Return the template that prompts are put into, of diffusers' pipeline for this kind of model."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # importing the pipelines brings advice about packages
+    # importing the pipelines brings advice about packages, and loading an encoder a report of the layers left out
+    transformers.logging.set_verbosity_error()
     from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
 
     module = pipeline_hunyuan_video_image2video if kind else pipeline_hunyuan_video
@@ -144,7 +145,6 @@ class TextEncoders:
     def __init__(self, snapshot, device):
         import transformers
 
-        transformers.logging.set_verbosity_error()  # it would report the layers that are left out
         transformers.logging.disable_progress_bar()
         folder, for_image = snapshot.folder, snapshot.kind is not None
         self.template, self.head = template_of(snapshot.kind), 103 if for_image else 95

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from full import faults, screen
 from full.average import Average
 from full.checkpoints import read_manifest, write_manifest
+from full.clips import Clip
 from full.encode import encode_one, size_of
 from full.encode import parse as parse_encode
 from full.export import parse as parse_export
@@ -365,12 +366,10 @@ def test_odd_samples_held_out_are_named(tmp_path):
     assert f"{held.files[0]}, held out, has values that are not finite" in told[0][1], told
 
 
-def test_another_rope_is_another_model():
-    """Ranks with another rope_theta do not train together, nor does a clip of the other count as there."""
-    from full.clips import Clip
-    from full.files import save_tensors, was_made_by
-
+def test_another_rope_is_another_model(tmp_path):
+    """A clip that another rope_theta made does not count as there. (Ranks: check_ranks_with_other_files.)"""
     assert replace(TINY, rope_theta=10000.0) != TINY
-    args = parse_infer(["--model", "S", "--prompt", "x"])
-    clips = [Clip(args, 0, "x", 1, [dict(rope_theta=theta)]) for theta in (256.0, 10000.0)]
-    assert clips[0].made_by != clips[1].made_by and Clip and save_tensors and was_made_by
+    args = parse_infer(["--model", "S", "--prompt", "x", "--output", str(tmp_path / "clip")])
+    made, other = (Clip(args, 0, "x", 1, [dict(rope_theta=theta)]) for theta in (256.0, 10000.0))
+    made.write(torch.zeros(16, 1, 8, 12), torch.zeros(3, 1, 64, 96))
+    assert made.made_by != other.made_by and made.is_made() and not other.is_made()
