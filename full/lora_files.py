@@ -16,9 +16,13 @@ import torch
 from full.files import open_safetensors
 from full.names import NAMINGS, names_in, row_sizes, swap_halves
 
-PREFIX = r"(?:base_model\.model\.|model\.|diffusion_model\.|transformer\.|lora_unet_|lora_transformer_|Hunyuan_video_I2V_lora_)*"
+PREFIXES = (
+    r"base_model\.model\. model\. module\. _orig_mod\. unet\. diffusion_model\. transformer\. "
+    "lora_unet_ lora_transformer_ Hunyuan_video_I2V_lora_"
+)
 NAME = re.compile(
-    PREFIX + r"(?P<layer>.+?)\.(?:(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.\w+)??(?:\.weight)?"
+    f"(?:{'|'.join(PREFIXES.split())})*"
+    + r"(?P<layer>.+?)\.(?:(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.\w+)??(?:\.weight)?"
     r"|(?P<other>alpha|diff|diff_b))"
 )
 PARTS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
@@ -28,20 +32,25 @@ KINDS = {  # a pattern of its names: what it is
     r"lokr_": "a LoKr",
     r"hada_": "a LoHa",
     r"oft_": "an OFT",
+    r"vera_lambda": "a VeRA",
+    r"ia3_l": "an IA3",
+    r"scale_weight$|scaled_fp8$": "quantised",
     r"lora_mid": "a LoRA with a middle part",
-    r"lora_[AB](\.\w+)?\.bias|\.(w|b)_norm$": "a LoRA with biases",
+    r"lora_[AB](\.\w+)?\.bias": "a LoRA with biases",
+    r"\.(w|b)_norm$": "differences of norms",
 }
-ALPHA = ("lora_alpha", "network_alpha", "ss_network_alpha", "linear_alpha", "alpha")
-RANK = ("r", "lora_rank", "network_dim", "ss_network_dim", "rank")
-BASE = (
-    "modelspec.architecture",
-    "ss_base_model_version",
-    "base_model",
-    "base_model_version",
-    "base_model_name_or_path",
-)
-OURS = r"hunyuan.?video(?!.?1.?5)"
-OTHERS = r"(?<![a-z])(flux|wan|ltx|qwen|sdxl|sd3|stable.?diffusion|cogvideo|mochi|chroma|pixart|lumina|hidream|framepack\w*|hunyuan)(?![a-z])"
+# the names of facts; the short ones count at the top of a header or file, and in an object that is about a LoRA
+ALPHA = "lora_alpha network_alpha ss_network_alpha linear_alpha".split()
+RANK = "lora_rank network_dim ss_network_dim".split()
+SHORT = dict(alpha=ALPHA, r=RANK, rank=RANK, linear=RANK)
+ABOUT = r"lora|network|adapter|peft"
+STARTS = r"pissa|olora|corda|loftq|lora_ga"  # peft's ways to start that change the base's weights too
+# what the base model is called, by kind and as a path that may be anything
+BASE_KIND = ("modelspec.architecture", "ss_base_model_version")
+BASE_PATH = ("base_model", "base_model_version", "base_model_name_or_path", "ss_sd_model_name")
+OURS = r"hunyuan.?video(?!.?1.?5)|skyreels.?v1"
+OTHERS = r"(?<![a-z])(flux|wan|ltx|qwen|sdxl|sd3|stable.?diffusion|cogvideo|mochi|chroma|pixart|lumina|hidream|framepack\w*|hunyuan\w*)(?![a-z])"
+FLUX = dict(double=19, single=38)  # blocks, of this model's names and shapes
 
 
 class Part(NamedTuple):
@@ -75,8 +84,8 @@ def read_lora(model, file):
     or not finite, if its strength is stated twice and differs, or if it would change nothing.
     """
     with open_safetensors(file) as handle:
-        tensors, header = {name: handle.get_tensor(name).float() for name in handle.keys()}, handle.metadata() or {}
-    facts = stated_facts(file, header)
+        tensors, header = {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}
+    facts = stated_facts(file, header, any(".lora_down" in name for name in tensors))
     check_base(file, facts)
     places, layers = places_of(model), defaultdict(dict)
     for name, tensor in tensors.items():
@@ -91,22 +100,29 @@ def read_lora(model, file):
         same = [p for p in layers if p[0] == place[0] and p[2] < place[2] + place[3] and place[2] < p[2] + p[3]]
         if part in layers[place] or same not in ([], [place]):
             raise ValueError(f"{file} has {part} of {place[0]} twice, the second time as {name}")
-        layers[place][part] = tensor
+        if not tensor.is_floating_point() and (part != "alpha" or tensor.is_complex()):
+            raise ValueError(
+                f"{file} has {name} in {str(tensor.dtype).removeprefix('torch.')}: only floating point is read"
+            )
+        layers[place][part] = tensor.float()
     check_depth(model, file, [name for name, *_ in layers])
-    alpha, ranks, updates = facts.alpha, set(), defaultdict(list)
+    ranks, updates = set(), defaultdict(list)
     for place, parts in layers.items():
         for part in parts_of(model, file, place, parts, facts):
             updates[part.name].append(part)
         if "A" in parts:
             ranks.add(len(parts["A"]))
-    if not any(part.b.any() for parts in updates.values() for part in parts):
+    if not any(part.b.any() and (part.a is None or part.a.any()) for parts in updates.values() for part in parts):
         raise ValueError(f"{file} changes nothing: it has {len(tensors)} tensors, and all updates are zero")
     if facts.rank and ranks and ranks != {facts.rank}:
         raise ValueError(f"{file} says that its rank is {facts.rank}, and its layers have {sorted(ranks)}")
-    own = {parts["alpha"].item() for parts in layers.values() if "alpha" in parts}
-    if len(own) == 1 and alpha not in (None, *own):
-        raise ValueError(f"{file} states two alphas: {alpha:g} in its {facts.where}, {own.pop():g} in its tensors")
-    stated = f"alpha {alpha:g}" if alpha else f"alpha {', '.join(f'{x:g}' for x in sorted(own))}" if own else "no alpha"
+    own = sorted({parts["alpha"].item() for parts in layers.values() if "alpha" in parts})
+    alphas = ", ".join(f"{x:g}" for x in own)
+    if own and facts.alpha not in (None, *own):
+        raise ValueError(f"{file} states two alphas: {facts.alpha:g} in its {facts.where}, {alphas} in its tensors")
+    if facts.root and own:
+        raise ValueError(f"{file} has alphas, and says that they are divided by the rank's root, in its {facts.root}")
+    stated = f"alpha {alphas}" if own else f"alpha {facts.alpha:g} ({facts.where})" if facts.alpha else facts.no_alpha
     rank = f"rank {', '.join(map(str, sorted(ranks)))}, {stated}" if ranks else "differences of weights"
     more = "".join(f", {name} {header[name]}" for name in ("base", "steps", "size", "shift", "date") if name in header)
     return LoRA(dict(updates), f"{len(layers)} layers, {rank}{more}")
@@ -158,52 +174,77 @@ def parts_of(model, file, place, parts, facts):
 
 class Facts(NamedTuple):
     alpha: float | None = None
-    rank: int | None = None
-    root: bool = False  # alpha is divided by the rank's root
     where: str = ""
+    rank: int | None = None
+    root: str = ""  # where it says that alpha is divided by the rank's root
     base: tuple = ()
+    no_alpha: str = "no alpha"
 
 
-def stated_facts(file, header):
-    """Return what the header and the JSON files beside a LoRA say of it. ValueError if they contradict each other."""
+def files_of(file):
+    """Return a LoRA's file, and the JSON files beside it that say what it is."""
+    sides = (Path(file).with_name(name) for name in ("adapter_config.json", "lora_config.json"))
+    return [Path(file), *(side for side in sides if side.is_file())]
+
+
+def stated_facts(file, header, kohya):
+    """Return what the header and the JSON files beside a LoRA say of it. ValueError if they contradict each other.
+
+    kohya: whether its tensors have the names of kohya's scripts. In other names a ss_network_alpha is what a converter has
+    left, which has multiplied it in.
+    """
     sources = {"header": header}
-    for name in ("adapter_config.json", "lora_config.json"):
-        side = Path(file).with_name(name)
-        if side.is_file():
-            sources[name] = parse_json(file, name, side.read_text(errors="replace"))
-    found, base = defaultdict(dict), ()
-    for where, source in sources.items():
-        for key, value in flatten(file, where, source):
-            if key in ("alpha_pattern", "rank_pattern") and value:
-                raise ValueError(f"{file}: its {where} has an {key}, which is not read")
-            if key == "use_dora" and str(value).lower() in ("true", "1"):
-                raise ValueError(f"{file} is a DoRA, as its {where} says: only plain LoRA is read")
+    sources |= {side.name: parse_json(file, side.name, side.read_text(errors="replace")) for side in files_of(file)[1:]}
+    found, base, no_alpha = dict(alpha={}, rank={}, root={}), [], "no alpha"
+    for source, content in sources.items():
+        for key, value in flatten(file, source, content):
+            where, yes = f"{source}'s {key}", str(value).lower() in ("true", "1")
+            check_kind(file, where, key, value, yes)
+            if key in (*BASE_KIND, *BASE_PATH) and isinstance(value, str):
+                base.append((key, value))
             if key in ("use_rslora", "rslora"):
-                found["root"][f"{where}'s {key}"] = float(str(value).lower() in ("true", "1"))
-            base += ((key, str(value)),) if key in BASE and isinstance(value, str) else ()
-            for fact, names in (("alpha", ALPHA), ("rank", RANK)):
-                # "Dynamic": each layer has its own
-                if key in names and value not in (None, "None", "", "Dynamic") and not isinstance(value, bool):
-                    place = f"{where}'s {key}" + " again" * (f"{where}'s {key}" in found[fact])
-                    found[fact][place] = number(file, where, key, value)
+                found["root"][where] = float(yes)
+            if value in (None, "None", "", "Dynamic") or isinstance(value, bool):  # "Dynamic": each layer has its own
+                continue
+            if key == "ss_network_alpha" and not kohya:
+                no_alpha = f"the alpha of {value} in its header multiplied in already"
+            elif key in ALPHA + RANK:
+                fact = "alpha" if key in ALPHA else "rank"
+                found[fact][where + " again" * (where in found[fact])] = number(file, where, value)
     for fact, values in found.items():
         if len(set(values.values())) > 1:
             both = " and ".join(f"{value:g} in its {where}" for where, value in values.items())
             raise ValueError(f"{file} states two values of {fact}: {both}")
     where, alpha = next(iter(found["alpha"].items()), ("", None))
+    root = "".join(where for where, yes in [*found["root"].items()][:1] if yes)
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"{file} has alpha {alpha} in its {where}, which is no strength")
+    if root and alpha is None:
+        raise ValueError(f"{file} divides alpha by the rank's root ({root}), and does not say what alpha is")
     rank = next(iter(found["rank"].values()), None)
     if rank is not None and not (rank > 0 and rank.is_integer()):
         raise ValueError(f"{file} has rank {rank}, which is no number of rows")
-    return Facts(alpha, rank and int(rank), 1.0 in found["root"].values(), where, base)
+    return Facts(alpha, where, rank and int(rank), root, tuple(base), no_alpha)
 
 
-def number(file, where, key, value):
+def check_kind(file, where, key, value, yes):
+    """Raise ValueError if a fact says that this is no plain LoRA."""
+    if key in ("alpha_pattern", "rank_pattern") and value:
+        raise ValueError(f"{file}: its {where} is not empty, and not read")
+    if key == "use_dora" and yes:
+        raise ValueError(f"{file} is a DoRA, as its {where} says: only plain LoRA is read")
+    if key == "peft_type" and value != "LORA":
+        raise ValueError(f"{file} is of another kind: its {where} is {str(value)[:40]!r}, and only LORA is read")
+    if key == "init_lora_weights" and re.search(STARTS, str(value), re.I):
+        changed = "which changes the base model too: convert it to a plain LoRA, as peft's save_pretrained can"
+        raise ValueError(f"{file}: its {where} is {str(value)[:40]!r}, {changed}")
+
+
+def number(file, where, value):
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{file}: {key} in its {where} is {str(value)[:40]!r}, which is no number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{file}: its {where} is {str(value)[:40]!r}, which is no number") from None
 
 
 def parse_json(file, where, text):
@@ -213,44 +254,44 @@ def parse_json(file, where, text):
         raise ValueError(f"{file}: its {where} can't be read as JSON") from None
 
 
-def flatten(file, where, source, depth=0):
-    """Yield (key, value) of nested objects, and of JSON kept in strings; keys without the prefix of a component."""
-    if not isinstance(source, dict):
-        raise ValueError(f"{file}: its {where} holds no JSON object")
-    for key, value in source.items():
+def flatten(file, source, content, inside="", depth=0):
+    """Yield (key, value) of nested objects, and of JSON kept in strings; keys without the prefix of a component.
+
+    Short names count at the top and in an object that is about a LoRA, and get their long one there; kohya's statistics of
+    a training, ss_.., hold words of its captions.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: its {source} holds no JSON object")
+    for key, value in content.items():
         key = key.removeprefix("transformer.")
-        if isinstance(value, str) and value.lstrip()[:1] == "{":
+        if isinstance(value, str) and value.lstrip()[:1] == "{" and not key.startswith("ss_"):
             try:
-                value = parse_json(file, f"{where}'s {key}", value)
+                value = parse_json(file, f"{source}'s {key}", value)
             except ValueError:
                 if key == "lora_adapter_metadata":  # others may be words: {trigger} dances
                     raise
         if isinstance(value, dict) and depth < 4 and key not in ("alpha_pattern", "rank_pattern"):
-            yield from flatten(file, where, value, depth + 1)
-        else:
+            yield from flatten(file, source, value, key, depth + 1)
+        elif key not in SHORT:
             yield key, value
+        elif re.search(ABOUT, inside) or depth == 0 and key != "linear":
+            yield SHORT[key][0], value
 
 
 def check_base(file, facts):
     """Raise ValueError if the file says that it is for another model."""
     for key, value in facts.base:
-        names_a_kind = "." in key or key.startswith("ss_")  # base_model_name_or_path may be any path
-        if not re.search(OURS, value, re.I) and (names_a_kind or re.search(OTHERS, value, re.I)):
+        if not re.search(OURS, value, re.I) and (key in BASE_KIND or re.search(OTHERS, value, re.I)):
             raise ValueError(f"{file} is a LoRA of another model: its {key} is {value[:60]!r}")
 
 
 def check_depth(model, file, names):
-    """Raise ValueError if both kinds of blocks are covered from the first one on, and none to the model's last.
-
-    FLUX.1 has 19 and 38 blocks of this model's names and shapes, where the 13B has 20 and 40.
-    """
-    covered = {}
-    for kind, depth in (("double", model.config.double_depth), ("single", model.config.single_depth)):
+    """Raise ValueError if the blocks that are covered are FLUX.1's, or the first ones of both kinds, and none to the last."""
+    covered, depths = {}, dict(double=model.config.double_depth, single=model.config.single_depth)
+    for kind, depth in depths.items():
         numbers = {int(found[1]) for name in names if (found := re.match(rf"{kind}_blocks\.(\d+)\.", name))}
-        covered[kind] = 1 < len(numbers) < depth and numbers == set(range(len(numbers))) and (len(numbers), depth)
-    if all(covered.values()):
-        (double, of_double), (single, of_single) = covered.values()
-        raise ValueError(
-            f"{file} is a LoRA of another model: it covers the first {double} of {of_double} double and the first {single} of "
-            f"{of_single} single blocks (FLUX.1 has 19 and 38)"
-        )
+        covered[kind] = len(numbers) if 1 < len(numbers) < depth and numbers == set(range(len(numbers))) else 0
+    flux = any(count == FLUX[kind] and depths[kind] in (20, 40) for kind, count in covered.items())
+    if flux or all(covered.values()):
+        found = " and ".join(f"the first {n} of {depths[kind]} {kind} blocks" for kind, n in covered.items() if n)
+        raise ValueError(f"{file} is a LoRA of another model: it covers {found} (FLUX.1 has 19 and 38)")

@@ -56,6 +56,11 @@ STRENGTHS = {  # header, side files, alpha's tensor: the factor that B A has
     "kohya's header": (dict(ss_network_alpha="1.0", ss_network_dim="4"), None, {}, 0.25),
     "a header in a header": (dict(config=json.dumps(dict(network=dict(linear=4, linear_alpha=8)))), None, {}, 2.0),
     "a plain header": (dict(lora_alpha="12", rank="4"), None, {}, 3.0),
+    "statistics and settings of a training": (
+        dict(ss_tag_frequency=json.dumps(dict(a=dict(alpha=3, r=7))), ot_config=json.dumps(dict(lora_alpha=8, optimizer=dict(alpha=0.9, r=0)))), None, {}, 2.0,
+    ),
+    "a trainer's section": (dict(settings=json.dumps(dict(lora=dict(rank=4, alpha=2)))), None, {}, 0.5),
+    "an alpha of whole numbers": (None, None, dict(alpha=torch.tensor(8)), 2.0),
     "two that agree": (dict(ss_network_alpha="8"), peft(lora_alpha=8), dict(alpha=torch.tensor(8.0)), 2.0),
 }  # fmt: skip
 
@@ -83,9 +88,15 @@ NAMES = {
 
 @pytest.mark.parametrize("origin", NAMES)
 def test_names_of_others(origin, tmp_path):
+    """In other names than kohya's, the alpha of kohya's header is what a converter has multiplied in."""
     before, parts, after = re.fullmatch(r"(.*)\{(.*)\}(.*)", NAMES[origin]).groups()
     names = [f"{before}{part}{after}" for part in parts.split(",")]
-    close(update_of(write(tmp_path / "a.safetensors", dict(zip(names, (A, B))))), B @ A, 1e-5)
+    header = None if "kohya" in origin or "One" in origin else dict(ss_network_alpha="1.0", ss_network_dim="4")
+    file = write(tmp_path / "a.safetensors", dict(zip(names, (A, B))), header)
+    close(update_of(file), B @ A, 1e-5)
+    assert ("the alpha of 1.0 in its header multiplied in" in read_lora(random_model(CONFIG), file).summary) == bool(
+        header
+    )
 
 
 def test_differences_of_weights_and_biases(tmp_path):
@@ -103,6 +114,17 @@ REFUSED = {  # tensors, header, side files: what is said
     "no tensors": ({}, None, None, "changes nothing: it has 0 tensors"),
     "zero B": ({f"{LAYER}.lora_down.weight": A, f"{LAYER}.lora_up.weight": 0 * B}, None, None, "changes nothing"),
     "rank 0": ({f"{LAYER}.lora_down.weight": A[:0], f"{LAYER}.lora_up.weight": B[:, :0]}, None, None, r"'A': \[0, "),
+    "zero A": ({f"{LAYER}.lora_down.weight": 0 * A, f"{LAYER}.lora_up.weight": B}, None, None, "changes nothing"),
+    "whole numbers": ({f"{LAYER}.lora_down.weight": A.char(), f"{LAYER}.lora_up.weight": B}, None, None, "weight in int8: only floating"),
+    "quantised": (plain(scale_weight=torch.ones(1)), None, None, "is quantised"),
+    "alpha of many digits": (plain(), None, peft(lora_alpha=10**4000), "which is no number"),
+    "another alpha than several": (
+        plain(alpha=torch.tensor(8.0)) | plain("lora_unet_double_blocks_0_txt_attn_proj", alpha=torch.tensor(4.0)), dict(lora_alpha="16"), None, "two alphas: 16 .* 4, 8 in its tensors",
+    ),
+    "the root of no alpha": (plain(), None, peft(use_rslora=True), "does not say what alpha is"),
+    "the root, and alphas": (plain(alpha=torch.tensor(8.0)), None, peft(use_rslora=True, lora_alpha=8), "divided by the rank's root"),
+    "PiSSA": (plain(), None, peft(init_lora_weights="pissa_niter_4", lora_alpha=4), "which changes the base model too"),
+    "another kind of peft": (plain(), None, peft(peft_type="IA3"), "peft_type is 'IA3'"),
     "alpha alone": ({f"{LAYER}.alpha": torch.tensor(4.0)}, None, None, "has {'alpha': "),
     "alpha 0": (plain(alpha=torch.tensor(0.0)), None, None, "alpha 0.0 for .* no strength"),
     "alpha NaN": (plain(alpha=torch.tensor(math.nan)), None, None, "not finite"),
@@ -114,18 +136,20 @@ REFUSED = {  # tensors, header, side files: what is said
     "another rank": (plain(), dict(rank="16"), None, r"says that its rank is 16, and its layers have \[4\]"),
     "two alphas in one header": (plain(), dict(ss_network_alpha="16", lora_alpha="4"), None, "two values of alpha"),
     "patterns in diffusers' header": (
-        plain(), dict(lora_adapter_metadata=json.dumps({"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.alpha_pattern": {"a": 32}})), None, "has an alpha_pattern",
+        plain(), dict(lora_adapter_metadata=json.dumps({"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.alpha_pattern": {"a": 32}})), None, "header's alpha_pattern is not empty",
     ),
     "a side file that is a list": (plain(), None, {"adapter_config.json": [1]}, "holds no JSON object"),
     "an infinite rank": (plain(), dict(rank="inf"), None, "has rank inf"),
     "two that differ by the root": (plain(), dict(use_rslora="False"), peft(use_rslora=True, lora_alpha=4), "two values of root"),
-    "patterns": (plain(), None, peft(lora_alpha=4, alpha_pattern={"to_q": 8}), "has an alpha_pattern"),
+    "patterns": (plain(), None, peft(lora_alpha=4, alpha_pattern={"to_q": 8}), "json's alpha_pattern is not empty"),
     "a deep header": (plain(), dict(lora_adapter_metadata=deep(100_000)), None, "can't be read as JSON"),
     "half a header": (plain(), dict(lora_adapter_metadata='{"a": '), None, "can't be read as JSON"),
     "FLUX by its header": (plain(), {"modelspec.architecture": "flux-1-dev/lora"}, None, "another model: its modelspec"),
     "Wan by its version": (plain(), dict(ss_base_model_version="wan2.1"), None, "another model: its ss_base_model_version"),
     "another base beside": (plain(), None, peft(base_model_name_or_path="black-forest-labs/FLUX.1-dev"), "its base_model_name"),
     "HunyuanVideo 1.5": (plain(), {"modelspec.architecture": "hunyuan-video-1.5/lora"}, None, "another model: its modelspec"),
+    "FLUX by its file": (plain(), dict(ss_sd_model_name="flux1-dev.safetensors"), None, "another model: its ss_sd_model_name"),
+    "HunyuanImage": (plain(), None, peft(base_model_name_or_path="tencent/HunyuanImage-2.1"), "its base_model_name"),
     "DoRA": (plain(dora_scale=torch.ones(C, 1)), None, None, "is a DoRA"),
     "DoRA by its config": (plain(), None, peft(use_dora=True, lora_alpha=4), "is a DoRA"),
     "LoKr": ({f"{LAYER}.lokr_w1": A}, None, None, "is a LoKr"),
@@ -141,6 +165,8 @@ REFUSED = {  # tensors, header, side files: what is said
     ({"modelspec.architecture": "hunyuan-video/lora", "ss_base_model_version": "hunyuan_video"}, None),
     (None, peft(base_model_name_or_path="/home/wang/models/HunyuanVideo")),
     (None, peft(base_model_name_or_path="/data/my snapshot")),
+    (None, peft(base_model_name_or_path="Skywork/SkyReels-V1-Hunyuan-T2V", init_lora_weights="gaussian")),
+    (dict(ss_sd_model_name="mp_rank_00_model_states.pt"), None),
     ({"modelspec.description": "{trigger} dances", "training": json.dumps(dict(dataset=dict(alpha=True)))}, None),
     (dict(ss_network_dim="Dynamic", ss_network_alpha="Dynamic", ss_tag_frequency="{"), None),
 ])  # fmt: skip
@@ -173,7 +199,7 @@ def test_another_depth_is_another_model(tmp_path):
         tensors = {f"{name}.lora_A.weight": torch.ones(2, c) for name in names}
         return tensors | {f"{name}.lora_B.weight": torch.ones(shapes[name][0], 2) for name in names}
 
-    with pytest.raises(ValueError, match="covers the first 3 of 4 double and the first 2 of 4 single blocks"):
+    with pytest.raises(ValueError, match="covers the first 3 of 4 double blocks and the first 2 of 4 single blocks"):
         merge_lora(model, write(tmp_path / "flux.safetensors", lora(range(3), range(2))))
     for blocks in ((range(4), range(4)), (range(4), ()), ((1, 2), (3,)), (range(3), (2, 3))):
         merge_lora(model, write(tmp_path / "part.safetensors", lora(*blocks)))
@@ -267,5 +293,9 @@ def test_the_13b_refuses_flux(tmp_path):
         for n in range(depth):
             stem = f"transformer.{kind}.{n}.attn.to_q"
             tensors |= {f"{stem}.lora_A.weight": torch.ones(1, 3072), f"{stem}.lora_B.weight": torch.ones(3072, 1)}
-    with pytest.raises(ValueError, match="first 19 of 20 double and the first 38 of 40 single blocks"):
-        merge_lora(model, write(tmp_path / "flux.safetensors", tensors))
+    file = write(tmp_path / "flux.safetensors", tensors)
+    with pytest.raises(ValueError, match="first 19 of 20 double blocks and the first 38 of 40 single blocks"):
+        merge_lora(model, file)
+    write(file, {name: x for name, x in tensors.items() if "single" not in name})
+    with pytest.raises(ValueError, match="it covers the first 19 of 20 double blocks"):
+        merge_lora(model, file)
