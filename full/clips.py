@@ -16,7 +16,7 @@ from sampler import seeded
 from train_min import Shapes
 
 # flags that do not change what is in a clip, those of earlier versions too; its checkpoint's files are among `shared`
-OUTSIDE = "output embeds prompts dp sp shard device compile attention timeout profile debug score checkpoint naming export given"
+OUTSIDE = "output embeds prompts dp sp shard device compile attention timeout profile debug score checkpoint naming export given changed"
 
 
 class Clip:

@@ -47,7 +47,7 @@ def encode(args):
     check_range(args, "height width", 16)
     check_range(args, "frames", 1)
     check_range(args, "timeout", 1e-9, 1e7)
-    check_together(args, "prompts-height prompts-width prompts-frames")
+    check_together(args, "prompts-height prompts-width prompts-frames videos-image")
     if not (args.videos or args.prompts):
         raise ValueError("give --videos FOLDER or --prompts FILE")
     snapshot = Snapshot(args.model)

@@ -36,6 +36,8 @@ def export(args):
     check_range(args, "timeout", 1e-9, 1e7)
     check_together(args)
     config = resolve(args)
+    if not (args.weights or args.checkpoint):
+        raise ValueError("nothing to export: give --checkpoint, --model or --weights")
     lora_files(args.lora)
     pm = faults.init(None, 1, args.device, args.timeout)
     pm.check_equal(vars(args), pm.world_group)

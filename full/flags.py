@@ -57,9 +57,11 @@ APART += " data-height data-width data-frames checkpoint-config"
 
 
 def parse_flags(parser, argv=None):
-    """Parse, and note in `args.given` which flags have another value than their default."""
+    """Parse, and note in `args.given` which flags are typed, and in `args.changed` those of another value than the default."""
     args = parser.parse_args(argv)
-    args.given = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
+    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    args.given = sorted(name for name, value in vars(typed).items() if value is not None)
+    args.changed = [name for name in args.given if getattr(args, name) != parser.get_default(name)]
     return args
 
 
@@ -67,7 +69,7 @@ def check_together(args, apart=""):
     """Raise ValueError for flags that are given and would not be used. apart: more of those that are not used together."""
     for pair in NEEDS.split():
         name, needed = pair.split("-")
-        if name in args.given and not set(needed.split("|")) & set(args.given):
+        if name in args.given and not set(needed.split("|")) & set(args.changed):
             raise ValueError(f"--{name} goes with --{needed.replace('|', ' or --')}")
     for pair in (APART + " " + apart).split():
         one, other = pair.split("-")

@@ -17,6 +17,8 @@ def build_data(config, args):
     """Return the dataset of the flags: a folder, moving shapes for the toy, noise for a benchmark."""
     if args.data:
         return Folder(config, args.data)
+    if args.model:
+        raise ValueError("--model needs --data, a folder that full.encode has written")
     if args.config == "tiny":
         return Shapes(config)
     return RandomLatents(config, latent_shape(config, args.height, args.width, args.frames))
@@ -39,7 +41,7 @@ class Folder:
             self.empty = read_text(Path(folder, self.EMPTY), config)
         if not self.files:
             raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
-        self.origins = {}  # {what made samples, as JSON: the first such file}
+        self.origins, self.unsaid = {}, 0  # {what made samples, as JSON: the first such file}; those that do not say it
         self.shapes, self.names = [self._shape(config, file) for file in self.files], [file.name for file in self.files]
         if len(self.origins) > 1:
             one, other = [*self.origins.values()][:2]
@@ -65,6 +67,8 @@ class Folder:
             if facts.get("kind") != config.image_condition_type:
                 kinds = [kind or "text-to-video" for kind in (facts.get("kind"), config.image_condition_type)]
                 raise ValueError(f"{file} was encoded for a {kinds[0]} model, and this one is {kinds[1]}")
+        else:
+            self.unsaid += 1
         if more := sorted(set(shapes) - set(allowed)):
             held = f"{file} holds {', '.join(more)} beside {', '.join(allowed)}, which would be ignored"
             raise ValueError(f"{held}: text has valid tokens only, and needs no mask")

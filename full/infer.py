@@ -160,7 +160,8 @@ def check_args(args):
     """
     check_range(args, "steps score", 1)
     check_range(args, "shift", 1e-9)
-    check_range(args, "cfg guidance", 0.0)
+    check_range(args, "cfg", 1.0)
+    check_range(args, "guidance", 0.0)
     check_range(args, "seed", 0, 2**62)
     check_range(args, "timeout", 1e-9, 1e7)
     check_together(args)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from full.files import save_tensors
-from full.lora_files import read_lora
+from full.files import fingerprint, save_tensors
+from full.lora_files import files_of, read_lora
 from full.names import export_weight
 from full.weights import whole
 from hunyuan_sp import assign
@@ -115,14 +115,24 @@ def lora_files(flags):
             file, strength = (file, float(strength)) if colon else (flag, 1.0)
         except ValueError:  # a colon of the name
             file, strength = flag, 1.0
-        if Path(file, "lora.safetensors").is_file():  # OUT/step-N, or OUT
-            file = str(Path(file, "lora.safetensors"))
+        file = in_folder(file)
         if not Path(file).is_file():
             raise ValueError(f"--lora {flag} is not FILE or FILE:STRENGTH: there is no file {file}")
         if not math.isfinite(strength):
             raise ValueError(f"--lora {flag} is not FILE or FILE:STRENGTH: {strength} is no strength")
         given.append((file, strength))
     return given
+
+
+def in_folder(file):
+    """Return the LoRA in a folder of training, OUT or OUT/step-N; another name as it is."""
+    inside = Path(file, "lora.safetensors")
+    return str(inside) if inside.is_file() else file
+
+
+def lora_facts(files):
+    """Return the fingerprints of LoRA files, each with the JSON files beside it."""
+    return [fingerprint(files_of(file)) for file in files]
 
 
 def merge_lora(model, file, strength=1.0):
@@ -150,13 +160,15 @@ def merge_loras(model, files):
         full = torch.zeros(param.shape, device=param.device)
         for strength, part in parts:
             part.add_to(full, strength)
+        if not full.isfinite().all():
+            raise ValueError(f"{', '.join(map(str, totals))}: at these strengths {name} is not finite")
         add_update(param, full)
     return sentences
 
 
 @torch.no_grad()
 def merge_checkpoint(model, path, manifest):
-    """Add to the weights the LoRA, or its average, that a checkpoint of full.train holds."""
+    """Add to the weights the LoRA, or its average, that a checkpoint of full.train holds; return a sentence on it."""
     reader, (rank, alpha, _) = dcp.HuggingFaceStorageReader(str(path)), manifest["lora"]
     kind = "more." if manifest.get("ema") else "model."
     sizes = {key: stored.size for key, stored in reader.read_metadata().state_dict_metadata.items()}
@@ -167,6 +179,7 @@ def merge_checkpoint(model, path, manifest):
         layer = kind + name.removesuffix("weight")
         if f"{layer}lora_A" in tensors:
             add_update(param, alpha / rank * tensors[f"{layer}lora_B"] @ tensors[f"{layer}lora_A"])
+    return f"{path}: LoRA of rank {rank}, alpha {alpha:g}{', averaged' * bool(manifest.get('ema'))}"
 
 
 def add_update(param, full):

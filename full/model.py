@@ -8,7 +8,7 @@ from full.checkpoints import Checkpoints
 from full.fa4 import attention_kernel
 from full.files import fingerprint
 from full.flags import compute_dtype, get_config
-from full.lora import lora_files, merge_checkpoint, merge_loras
+from full.lora import lora_facts, lora_files, merge_checkpoint, merge_loras
 from full.screen import say
 from full.weights import load_weights, weight_files
 from hunyuan_sp import HunyuanConfig, HunyuanVideo, init_weights
@@ -50,12 +50,17 @@ class Source:
 
     def facts(self):
         """Return what the weights are made of, for comparison."""
-        files = [*weight_files(self.args.weights)] if self.args.weights else []
-        files += [file for file, _ in lora_files(self.args.lora)]
-        facts = [fingerprint([file]) for file in files]
+        facts = [fingerprint([file]) for file in (weight_files(self.args.weights) if self.args.weights else ())]
+        facts += lora_facts(file for file, _ in lora_files(self.args.lora))
         if self.path:
             facts.append(self.manifest["files"] or fingerprint(sorted(self.path.glob("*.safetensors"))))
         return facts
+
+    def other_base(self):
+        """Return [a sentence] if the checkpoint's LoRA was trained on other weights than these."""
+        base = self.manifest["lora"][2]
+        same = not base or fingerprint(weight_files(self.args.weights), like=base) == base
+        return [] if same else [f"{self.path} was trained on other weights than {self.args.weights}"]
 
     def build_model(self, shard=False, attention="sdpa", compile=False):
         """Return the model: plain tensors on every rank, or sharded."""
@@ -76,11 +81,12 @@ class Source:
             load_weights(model, args.weights)
         else:
             init_weights(model)
-        if self.lora:
-            merge_checkpoint(model, self.path, self.manifest)
-        for sentence in merge_loras(model, lora_files(args.lora)):
-            if pm.is_main:
-                say(sentence)
+        sentences = [merge_checkpoint(model, self.path, self.manifest)] if self.lora else []
+        sentences += merge_loras(model, lora_files(args.lora))
+        if self.lora and pm.is_main:
+            sentences += self.other_base()
+        for sentence in sentences if pm.is_main else ():
+            say(sentence)
         model = (model if shard else model.to(dtype)).requires_grad_(False)
         if compile:
             model.compile_blocks()

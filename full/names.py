@@ -172,6 +172,8 @@ def config_from_diffusers(file):
         ):
             if type(ours[name]) is not int or not 0 <= ours[name] <= 65536 // (64 if "depth" in name else 1):
                 raise ValueError(f"{DIFFUSERS_FIELDS[name]} is {ours[name]!r}")
+        if not 0 < float(ours["mlp_ratio"]) <= 64:
+            raise ValueError(f"mlp_ratio is {ours['mlp_ratio']!r}")
         config = HunyuanConfig.from_dict(ours | dict(patch_size=[theirs["patch_size_t"], *[theirs["patch_size"]] * 2]))
         wrong = {key: value for key, value in diffusers_config(config).items() if theirs.get(key) != value}
     except (ValueError, KeyError, TypeError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from full.faults import on_main
-from full.files import fingerprint, open_safetensors
+from full.files import fingerprint, open_safetensors, read_json
 from full.flags import scheduler_shift
 from full.names import config_from_diffusers
 from full.screen import say
@@ -37,6 +37,8 @@ class Snapshot:
         for part in PARTS + ENCODERS * encoders:
             if not (self.folder / part).is_dir():
                 raise ValueError(f"{self.folder} is not a snapshot in the diffusers layout: it has no {part}/")
+        for part in ("vae", *ENCODERS[:2] * encoders):
+            check_depth(self.folder / part / "config.json")
         self.config = config_from_diffusers(self.folder / "transformer/config.json")
         self.kind = self.config.image_condition_type
         self.shift = scheduler_shift(self.folder)
@@ -101,7 +103,17 @@ class Snapshot:
 def encoder_files(folder):
     """Return all files of a snapshot but the DiT's."""
     parts = [Path(folder, part) for part in (*PARTS[1:], *ENCODERS, "image_processor")]
-    return [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
+    return [file for part in parts for file in sorted(part.rglob("*")) if file.is_file() and file.name[0] != "."]
+
+
+def check_depth(file):
+    """Raise ValueError for a config with more layers than any model has, which a library would build for hours."""
+    configs = [read_json(file)]
+    for config in configs:  # those in it are added
+        configs += [value for value in config.values() if isinstance(value, dict)]
+        for name, value in config.items():
+            if "layers" in name and isinstance(value, int) and value > 1000:
+                raise ValueError(f"{file} has {name} {value}")
 
 
 def template_of(kind):
@@ -161,13 +173,14 @@ class TextEncoders:
         text_config = config.text_config if for_image else config
         text_config.num_hidden_layers -= 2
         kind = transformers.LlavaForConditionalGeneration if for_image else transformers.LlamaModel
-        llama = load_whole(kind, folder / "text_encoder", config=config, dtype="auto").to(device).eval()
+        rules = dict(dtype="auto", attn_implementation="sdpa")  # a config may name code of the hub
+        llama = load_whole(kind, folder / "text_encoder", config=config, **rules).to(device).eval()
         self.llama, self.device = llama.model if for_image else llama, device
         (self.llama.language_model if for_image else self.llama).norm = torch.nn.Identity()
         self.clip_tokenizer = transformers.CLIPTokenizer.from_pretrained(
             folder / "tokenizer_2", trust_remote_code=False
         )
-        self.clip = load_whole(transformers.CLIPTextModel, folder / "text_encoder_2", dtype="auto").to(device).eval()
+        self.clip = load_whole(transformers.CLIPTextModel, folder / "text_encoder_2", **rules).to(device).eval()
         if for_image:
             self.image_token = config.image_token_index
             self.processor = transformers.CLIPImageProcessor.from_pretrained(folder / "image_processor")

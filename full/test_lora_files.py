@@ -9,7 +9,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from full.lora import add_lora, init_lora, layers_of, lora_files, merge_lora, merge_loras, save_lora
+from full.lora import (
+    add_lora,
+    in_folder,
+    init_lora,
+    layers_of,
+    lora_facts,
+    lora_files,
+    merge_lora,
+    merge_loras,
+    save_lora,
+)
 from full.lora_files import read_lora
 from hunyuan_sp import HunyuanConfig, HunyuanVideo
 from test_sp import CONFIG, close, draws, random_inputs, random_model
@@ -214,6 +224,8 @@ def test_several_are_summed_and_rounded_once(tmp_path):
     for (name, ours), truth in zip(model.named_parameters(), base.parameters()):
         assert torch.equal(ours, truth), name
     assert len(sentences) == 4 and "strength 50" in sentences[0] and "1 layers, rank 4" in sentences[0]
+    with pytest.raises(ValueError, match="one.safetensors: at these strengths .* is not finite"):
+        merge_loras(model, [(one, 1e39)])
     merge_loras(model, [(one, 0.5), (other, 0.25)])
     wanted = (base.get_parameter(WEIGHT).float() + 0.5 * B @ A + 0.25 * A.T @ B.T).bfloat16()
     assert torch.equal(model.get_parameter(WEIGHT), wanted)
@@ -280,6 +292,9 @@ def test_files_by_their_folder(tmp_path):
     write(tmp_path / "out/step-2/lora.safetensors", plain())
     file = str(tmp_path / "out/step-2/lora.safetensors")
     assert lora_files([f"{tmp_path}/out/step-2", f"{file}:0.5", file]) == [(file, 1.0), (file, 0.5), (file, 1.0)]
+    before = lora_facts([file])
+    write(tmp_path / "out/step-2/lora.safetensors", plain(), side=peft(lora_alpha=16))
+    assert lora_facts([file]) != before and in_folder(f"{tmp_path}/out/step-2") == file
     with pytest.raises(ValueError, match="there is no file"):
         lora_files([f"{tmp_path}/out"])
 

@@ -47,6 +47,9 @@ TINY = HunyuanConfig.preset("tiny")
     (parse_infer, "--score 3 --prompt b", "--prompt and --score can't be used together"),
     (parse_infer, "--negative_embeds a", "--negative_embeds goes with --embeds"),
     (parse_infer, "--negative_prompt a", "--negative_prompt goes with --cfg"),
+    (parse_infer, "--negative_prompt a --cfg 1", "--negative_prompt goes with --cfg"),
+    (parse_train, "--data x --height 720", "--data and --height can't be used together"),
+    (parse_encode, "--model x --output y --videos a --image b", "--videos and --image can't be used together"),
     (parse_infer, "--embeds a --negative_embeds a", "--negative_embeds goes with --cfg"),
     (parse_encode, "--model x --output y --prompts b --frames 5", "--prompts and --frames can't be used together"),
     (parse_infer, "--checkpoint a --config tiny", "--checkpoint and --config can't be used together"),
@@ -56,7 +59,7 @@ TINY = HunyuanConfig.preset("tiny")
 ])  # fmt: skip
 def test_a_flag_is_used_or_refused(parse, flags, said):
     args = parse("", flags.split()) if parse is parse_train else parse(flags.split())
-    pairs = "prompts-height prompts-width prompts-frames" if parse is parse_encode else ""
+    pairs = "prompts-height prompts-width prompts-frames videos-image" if parse is parse_encode else ""
     with pytest.raises(ValueError, match=said):
         check_together(args, pairs)
 
@@ -65,10 +68,12 @@ def test_a_flag_is_used_or_refused(parse, flags, said):
     ("full.train", "--height 64 --steps 1", "--height is of no use: this model makes clips of one size"),
     ("full.train", "--guidance 6 --steps 1", "--guidance is of no use: this model embeds no guidance scale"),
     ("full.infer", "--config tiny --frames 5", "--frames is of no use: this model makes clips of one size"),
+    ("full.infer", "--config tiny --cfg 0.5", "--cfg 0.5 is not at least 1.0"),
+    ("full.export", "--config tiny --output {tmp}/x", "nothing to export: give --checkpoint, --model or --weights"),
     ("full.infer", "--config tiny --guidance 2", "--guidance is of no use: this model embeds no guidance scale"),
 ])  # fmt: skip
 def test_a_flag_that_the_model_has_no_use_for(program, flags, said, tmp_path):
-    ((code, printed),) = fork(program, *flags.split(), out=tmp_path)
+    ((code, printed),) = fork(program, *flags.format(tmp=tmp_path).split(), out=tmp_path)
     assert code == 1 and printed.startswith(f"error: {said}"), printed
 
 
@@ -189,6 +194,10 @@ def test_a_resumed_run_says_that_its_samples_are_others(tmp_path):
     sample(tmp_path / "data/2.safetensors", value=2.0)
     ((code, printed),) = fork("full.train", *flags, "--steps", 2, "--resume", out=tmp_path)
     assert code == 0 and "other than before: what is in the samples" in printed, printed
+    assert "do not say what encoded them" not in printed
+    sample(tmp_path / "data/1.safetensors", kind=None, encoders=["2-1"])
+    ((code, printed),) = fork("full.train", *flags, "--steps", 3, "--resume", out=tmp_path)
+    assert code == 0 and "3 of 4 samples do not say what encoded them" in printed, printed
 
 
 def test_a_lora_of_the_version_before_goes_on(tmp_path):
@@ -297,7 +306,7 @@ def test_names_from_files_are_printed_escaped(capsys, tmp_path):
 
 @pytest.mark.parametrize("change", [
     dict(num_layers=10**7), dict(num_single_layers=-1), dict(num_attention_heads="24"), dict(num_layers=2.5),
-    dict(in_channels=10**9), dict(num_refiner_layers=None), dict(text_embed_dim=True),
+    dict(in_channels=10**9), dict(num_refiner_layers=None), dict(text_embed_dim=True), dict(mlp_ratio=1e9),
 ])  # fmt: skip
 def test_a_config_that_can_not_be(change, snapshot, tmp_path):
     """Ends in a sentence with the number, and at once."""
@@ -306,6 +315,30 @@ def test_a_config_that_can_not_be(change, snapshot, tmp_path):
     with pytest.raises(ValueError, match="is not the config of a HunyuanVideoTransformer3DModel") as error:
         config_from_diffusers(tmp_path / "config.json")
     assert next(iter(change)) in str(error.value) and repr(next(iter(change.values()))) in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2"])
+def test_a_depth_that_no_encoder_has(part, snapshot, tmp_path):
+    """Is refused at once; a library would build layers for hours. Hidden files of a file manager are no part of a snapshot."""
+    odd = tmp_path / "odd"
+    shutil.copytree(snapshot, odd)
+    (odd / part / ".DS_Store").write_text("x")
+    assert Snapshot(odd).facts() == Snapshot(snapshot).facts()
+    file = odd / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(inside=dict(num_hidden_layers=10**7))))
+    with pytest.raises(ValueError, match=f"{part}/config.json has num_hidden_layers 10000000"):
+        Snapshot(odd)
+
+
+def test_a_kernel_of_the_hub_is_not_fetched(snapshot, tmp_path):
+    """Whatever attention a text encoder's config names, it is torch's own."""
+    odd = tmp_path / "odd"
+    shutil.copytree(snapshot, odd)
+    for part in ("text_encoder", "text_encoder_2"):
+        file = odd / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(attn_implementation="someone/kernel")))
+    encoders = TextEncoders(Snapshot(odd), torch.device("cpu"))
+    assert {encoders.llama.config._attn_implementation, encoders.clip.config._attn_implementation} == {"sdpa"}
 
 
 def test_no_code_of_a_snapshot_is_run(snapshot, tmp_path):

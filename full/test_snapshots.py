@@ -326,6 +326,11 @@ def test_a_lora_run_is_sampled_and_exported(more, tune, snapshot, tmp_path):
     close(clip_of(tmp_path, "file", *words, "--lora", file), tuned, 1e-5)
     merged = HunyuanVideo(Snapshot(snapshot).config)
     load_weights(merged, snapshot / "transformer")
+    if not more:  # on another base it is said
+        save_file({k: x + 1e-3 for k, x in merged.state_dict().items()}, tmp_path / "other.safetensors")
+        flags = [*words, *SIZE, "--checkpoint", out, "--output", tmp_path / "other"]
+        printed = run(tmp_path, "full.infer", *flags, "--weights", tmp_path / "other.safetensors")
+        assert "step-12: LoRA of rank 2, alpha 4" in printed and "step-12 was trained on other weights than" in printed
     base = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
     merge_lora(merged, file)
     ours = exported(tmp_path, "export", *model, "--checkpoint", out, "--shard", ranks=2)

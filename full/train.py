@@ -33,7 +33,7 @@ from full.folder import (
     name_odd_samples,
     odd_samples,
 )
-from full.lora import add_lora, init_lora, save_lora
+from full.lora import add_lora, in_folder, init_lora, lora_facts, save_lora
 from full.offload import offloaded
 from full.resume import check_same, end_run, find_start, say_changes, what_is_trained
 from full.screen import Clock, Progress, forward_flops, say
@@ -107,8 +107,6 @@ class Run:
     def __init__(self, args):
         config = get_config(args)
         check_train(args, config)
-        if args.model and not args.data:
-            raise ValueError("--model needs --data, a folder that full.encode has written")
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
             torch.use_deterministic_algorithms(True)
@@ -117,13 +115,16 @@ class Run:
             check_origin(data, args.model)
         self.data, self.held = hold_out(data, args)
         weights = fingerprint(weight_files(args.weights)) if args.weights else ""
-        first = fingerprint([args.init_lora]) if args.init_lora else ""
+        args.init_lora = args.init_lora and in_folder(args.init_lora)
+        first = lora_facts([args.init_lora]) if args.init_lora else []
 
         # who am I; which samples are mine; where did we stop
         pm = faults.init(args.dp, args.sp, args.device, args.timeout)
-        self.contents = contents_of(self.data)
+        self.contents = contents_of(data)
         facts = dict(torch=torch.__version__, device_type=pm.device.type, data=self.contents, weight_files=weights)
         pm.check_equal(vars(args) | facts | dict(config=asdict(config), init_lora_file=first), pm.world_group)
+        if pm.is_main and 0 < getattr(data, "unsaid", 0) < len(data):
+            say(f"{data.unsaid} of {len(data)} samples do not say what encoded them: see that it was the same snapshot")
         self.args, self.pm, self.signals = args, pm, faults.catch_signals()
         self.checkpoints = Checkpoints(pm, args.out, args.timeout)
         self.checkpoints.claim()
