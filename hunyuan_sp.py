@@ -136,7 +136,7 @@ def latent_shape(config, height, width, frames):
     if height % 16 or width % 16 or frames % 4 != 1 or min(height, width, frames) < 1:
         rule = f"height {height} and width {width} must be multiples of 16, frames {frames} must be 4k+1"
         near = f"{max(16, height // 16 * 16)} x {max(16, width // 16 * 16)} x {max(1, (frames - 1) // 4 * 4 + 1)}"
-        raise ValueError(f"{rule}: {near} would do")
+        raise ValueError(f"{rule}: {near}{f' or {max(0, frames - 1) // 4 * 4 + 5}' * (frames % 4 != 1)} would do")
     return config.out_channels, (frames - 1) // 4 + 1, height // 8, width // 8
 
 

@@ -9,13 +9,11 @@ So what is called step-N was complete once, and the manifest tells whether it st
 manifest has no checksums. Needs torch.distributed.checkpoint.
 """
 
-import fcntl
 import json
 import math
 import os
 import re
 import shutil
-import socket
 import sys
 import time
 import zlib
@@ -31,6 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+from full.claim import claim
 from full.faults import on_main, sentence_of, together
 from full.files import checksum, printable, read_json, replace_file
 from train_min import FLAT, tensors_of
@@ -52,30 +51,7 @@ class Checkpoints:
 
     def claim(self):
         """Keep the folder to this run for as long as rank 0 lives. ValueError where a live run has it, or a rank can't see it."""
-        file = self.folder / "lock"
-
-        def hold():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(file, "a+")  # a lock of POSIX: it ends with this process, and loaders don't inherit it
-            until = time.monotonic() + 5  # as long as a rank of a job that was killed may take to notice
-            while True:
-                try:
-                    fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except (BlockingIOError, PermissionError):  # a live run's
-                    if time.monotonic() > until:
-                        owner = file.read_text().strip()
-                        raise ValueError(f"{self.folder} is in use by another run, {owner}") from None
-                except OSError as error:
-                    print(f"{self.folder} can't be locked ({error}): start no second run there", file=sys.stderr)
-                    break
-                time.sleep(0.1)
-            owner = f"process {os.getpid()} on {socket.gethostname()} since {time.time():.6f}"
-            self._lock.truncate(0)
-            print(owner, file=self._lock, flush=True)
-            return owner
-
-        owner = on_main(hold)
+        file, owner = self.folder / "lock", claim(self.folder, lock="lock")
 
         def look():
             until = time.monotonic() + 10

@@ -1,6 +1,10 @@
 """Clips: what is to be sampled, what it is made of, and its files. Training's previews are clips too."""
 
+import hashlib
 import json
+import os
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -16,32 +20,70 @@ from sampler import seeded
 from train_min import Shapes
 
 # flags that do not change what is in a clip, those of earlier versions too; its checkpoint's files are among `shared`
-OUTSIDE = "output embeds prompts dp sp shard device compile attention timeout profile debug score checkpoint naming export given changed"
+OUTSIDE = (
+    "output overwrite embeds prompts clips dp sp shard device compile attention timeout profile debug score checkpoint "
+    "naming export given changed"
+)
+LONGEST = 80  # bytes of a clip's file name, its ending included
 
 
 class Clip:
-    """One clip to be: its prompt, its number, the facts that decide what is in it, its files.
+    """One clip to be: its prompt, its seed, the facts that decide what is in it, its files.
 
-    shared: fingerprints of the files that all clips are made of.
+    name: of its files, without ending; None: in the folder --output, by prompt and seed. shared: fingerprints of the files
+    that all clips are made of.
     """
 
-    def __init__(self, args, n, prompt, count, shared):
-        self.prompt, self.n = prompt, n
-        self.name = f"{args.output}{n:04d}" if args.output.endswith("/") else args.output + f"-{n}" * (count > 1)
+    def __init__(self, args, prompt, seed, shared, name=None):
+        embeds = dict(embeds=fingerprint([prompt])) if args.embeds else {}
+        words, same = (Path(prompt).stem, embeds["embeds"]) if embeds else (prompt, None)
+        self.prompt, self.seed, self.name = prompt, seed, name or f"{args.output}{file_name(words, seed, same)}"
         self.endings = (".mp4", ".safetensors") if args.model else (".safetensors",)
         self.made_by = {k: v for k, v in vars(args).items() if k not in OUTSIDE.split()}
-        self.made_by |= dict(prompt=prompt, n=n, shared=shared)
-        self.made_by |= dict(embeds=fingerprint([prompt])) if args.embeds else {}
+        kernel = args.attention if args.attention != "sdpa" else None  # as before there was another
+        self.made_by |= dict(prompt=prompt, seed=seed, kernel=kernel, shared=shared) | embeds
 
     def is_made(self):
         """Return whether it exists, complete, and made by the same flags."""
         there = all(Path(self.name + ending).is_file() for ending in self.endings)
+        return there and self.is_ours()
+
+    def is_ours(self):
+        """Return whether its latents are there, made by the same flags."""
         ignored = set(OUTSIDE.split()) - {"embeds"}
-        return there and was_made_by(self.name + ".safetensors", self.made_by, ignored)
+        return was_made_by(self.name + ".safetensors", self.made_by, ignored)
+
+    def is_taken(self):
+        """Return whether there is a file that another clip has, or anything else."""
+        there = [ending for ending in (".safetensors", ".mp4", ".gif", ".png") if os.path.lexists(self.name + ending)]
+        return bool(there) and not self.is_ours()
 
     def write(self, latents, pixels, draw=False):
         """Write its files."""
         write_clip(self.name, self.prompt, latents, pixels, draw, made_by=json.dumps(self.made_by, sort_keys=True))
+
+
+def make_clips(args, prompts, shared):
+    """Return the clips: --clips of each prompt; each time that a prompt comes again, with the next seed."""
+    times, clips, count = Counter(), [], len(prompts) * args.clips
+    for n, prompt in enumerate(prompt for prompt in prompts for _ in range(args.clips)):
+        name = None if args.output.endswith("/") else args.output + f"-{n}" * (count > 1)
+        clips.append(Clip(args, prompt, args.seed + times[prompt], shared, name))
+        times[prompt] += 1
+    return clips
+
+
+def file_name(words, seed, same=None):
+    """Return a name of at most LONGEST bytes for a clip's files, ending included: its words, in any script, and its seed.
+
+    Other words have another name: six digits tell apart those that look alike in it. same: what to take for these.
+    """
+    text = unicodedata.normalize("NFC", words).lower()
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
+    digits = hashlib.sha256((same or words).encode(errors="surrogatepass")).hexdigest()[:6]
+    room = LONGEST - len(f"-{digits}-{seed}.safetensors")
+    slug = "-".join(kept).encode()[:room].decode(errors="ignore").rstrip("-") or "clip"
+    return f"{slug}-{seed}" if slug.replace("-", " ") == words and not same else f"{slug}-{digits}-{seed}"
 
 
 def write_clip(name, prompt, latents, pixels=None, draw=False, **header):

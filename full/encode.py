@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from full import faults
+from full.after import next_command
+from full.claim import claim
 from full.clips import lines_of
 from full.files import checksum, fingerprint, read_utf8, save_tensors, was_made_by
 from full.flags import add_machine_flags, check_range, check_together, parse_flags, parser_of
@@ -24,8 +26,8 @@ from full.video import IMAGES, VIDEOS, read_frames, read_image
 
 
 def parse(argv=None):
-    parser = parser_of(__doc__, add_machine_flags)
-    flag = parser.add_argument
+    parser, own = parser_of(__doc__, machine=add_machine_flags)
+    flag = own.add_argument
     flag("--model", required=True, help="folder of a released snapshot, diffusers layout")
     flag("--videos", help="folder of videos and images, with NAME.txt or captions.jsonl beside them")
     flag("--prompts", help="a text file with one prompt a line, in place of --videos")
@@ -54,7 +56,7 @@ def encode(args):
     pm = faults.init(None, 1, args.device, args.timeout)
     facts = snapshot.facts()
     pm.check_equal(vars(args) | dict(encoders=facts), pm.world_group)
-    faults.on_main(lambda: Path(args.output).mkdir(parents=True, exist_ok=True))
+    claim(args.output)
     return encode_prompts(pm, snapshot, args) if args.prompts else encode_videos(pm, snapshot, facts, args)
 
 
@@ -66,6 +68,8 @@ def encode_videos(pm, snapshot, facts, args):
     out, began = Path(args.output), time.perf_counter()
     found = faults.on_main(lambda: [(*pair, size_of(pair[0])) for pair in videos_and_captions(Path(args.videos))])
     tools = []
+    if pm.is_main:
+        say(f"loading the encoders of {args.model}")
     for rank in range(pm.world_size):  # one after another: a host reads one rank's encoders at a time
         faults.together(partial(load_tools, tools, snapshot, pm) if pm.rank == rank else lambda: None)
     made_by = dict(size=[args.height, args.width, args.frames, args.no_buckets])
@@ -91,6 +95,8 @@ def encode_videos(pm, snapshot, facts, args):
         older = f", {replaced} in place of older ones" * (replaced > 0)
         skipped = len(results) - made - replaced - there
         say(f"wrote {made + replaced} samples to {out}{older}, {there} were there, {skipped} skipped")
+    if pm.is_main and made + replaced + there:
+        say(f"next: {next_command(pm, 'train', '--model', args.model, '--data', out, '--lora', 32)}")
     if not made + replaced + there:
         raise ValueError(f"{args.videos} holds nothing that could be encoded")
     return pm

@@ -9,9 +9,9 @@ Ranks share the weights with --shard; rank 0 writes. Needs huggingface_hub, of t
 
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 from full import faults
+from full.claim import claim
 from full.flags import add_machine_flags, add_model_flags, check_range, check_together, parse_flags, parser_of
 from full.lora import lora_files
 from full.model import Source, resolve
@@ -21,8 +21,8 @@ from full.weights import save_weights
 
 
 def parse(argv=None):
-    parser = parser_of(__doc__, add_model_flags, add_machine_flags)
-    flag = parser.add_argument
+    parser, own = parser_of(__doc__, model=add_model_flags, machine=add_machine_flags)
+    flag = own.add_argument
     flag("--checkpoint", help="the --out folder of training (default: out, without --model, --weights and --config)")
     flag("--lora", action="append", help="FILE[:STRENGTH] to add to the weights; may be given several times")
     flag("--naming", choices=NAMINGS, default="original", help="of the names in the files")
@@ -43,8 +43,8 @@ def export(args):
     pm.check_equal(vars(args), pm.world_group)
     source = Source(pm, args, config)
     pm.check_equal(dict(config=asdict(source.config), files=source.facts()), pm.world_group)
+    claim(args.output)
     model = source.build_model(args.shard)
-    faults.on_main(lambda: Path(args.output).mkdir(parents=True, exist_ok=True))
     save_weights(model, args.output, args.naming)
     if pm.is_main:
         say(f"wrote {args.output} in {args.naming} naming")

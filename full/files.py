@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -15,17 +16,24 @@ from safetensors.torch import save_file
 def replacing(path):
     """Yield a temporary path whose file becomes `path` when the block ends well: all of it or nothing, also if killed.
 
-    OSError names the path.
+    Its name is of this call alone, and no link is followed. OSError names the path.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
+    path, temporary = Path(path), None
     try:
+        handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(temporary)
         yield temporary
+        os.umask(umask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~umask)  # temporary files, and the library's, are for nobody else to read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:  # a full disk does not say where
         raise OSError(f"{path} could not be written: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def replace_file(path, data):
@@ -39,8 +47,6 @@ def save_tensors(path, tensors, **header):
     with replacing(path) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, temporary, dict(format="pt") | header)
-        os.umask(umask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~umask)  # the library lets nobody else read it
 
 
 def read_utf8(path):

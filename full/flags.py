@@ -1,26 +1,62 @@
 """The flags of the programs, and checks of their values. Needs nothing more."""
 
 import argparse
+import difflib
 import importlib.util
 import math
+import os
+import sys
+import time
 from pathlib import Path
 
 import torch
 
 import train_min
 from full.fa4 import attention_kernel
-from full.files import read_json
+from full.faults import to_launcher
+from full.files import printable, read_json
 from full.names import config_from_diffusers
 from hunyuan_sp import CHECKPOINTING, HunyuanConfig
 
 
-def parser_of(doc, *adders):
-    """Return the parser of a program; its docstring is its --help. A flag that is added again replaces the first."""
-    rules = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, conflict_handler="resolve")
-    parser = argparse.ArgumentParser(description=doc, **rules)
-    for add_flags in adders:
-        add_flags(parser)
-    return parser
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows a flag's default, unless its help says it or it is off by default."""
+
+    def _get_help_string(self, action):
+        said = action.default in (None, False, "", argparse.SUPPRESS) or "default" in action.help
+        return action.help if said else f"{action.help} (default {action.default})"
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints one line for flags that are wrong, once for all ranks of a host, and gives it to torchrun as the cause."""
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, 1)
+            ways = f"did you mean {near[0]}?" if near else "--help shows what there is"
+            self.error(f"there is no flag {name}: {ways}")
+        return parsed
+
+    def error(self, message):
+        to_launcher(message)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(1.0)  # torchrun ends all ranks when the first one is gone
+            sys.exit(2)
+        self.exit(2, f"error: {printable(message)}\n")
+
+
+def parser_of(doc, **groups):
+    """Return the parser of a program and its group of own flags; its docstring is its --help.
+
+    groups: functions that add flags, by the group's title. A flag that is added again replaces the first.
+    """
+    parser = Parser(description=doc, formatter_class=Formatter, allow_abbrev=False, conflict_handler="resolve")
+    own = parser.add_argument_group("this program")
+    for title, add_flags in groups.items():
+        add_flags(parser.add_argument_group(title))
+    return parser, own
 
 
 def add_machine_flags(parser):
@@ -53,7 +89,7 @@ NEEDS = "lora_alpha-lora init_lora-lora validate-validate_every sample_prompt-va
 NEEDS += " negative_embeds-embeds negative_embeds-cfg negative_prompt-cfg no_buckets-videos"
 # and flags of which only one is used
 APART = "embeds-prompt embeds-prompts embeds-score prompt-score prompts-score negative_embeds-negative_prompt videos-prompts"
-APART += " data-height data-width data-frames checkpoint-config"
+APART += " data-height data-width data-frames checkpoint-config clips-score overwrite-score"
 
 
 def parse_flags(parser, argv=None):
@@ -104,10 +140,10 @@ def get_config(args):
     if args.blocks:
         try:
             changes = dict(zip(("double_depth", "single_depth"), map(int, args.blocks.split(",")), strict=True))
-            if min(changes.values()) < 0:
+            if min(changes.values()) < 0 or not any(changes.values()):
                 raise ValueError
         except ValueError:
-            raise ValueError(f"--blocks {args.blocks} is not two numbers D,S, e.g. 4,8") from None
+            raise ValueError(f"--blocks {args.blocks} is not two numbers D,S of at least one block, e.g. 4,8") from None
     if args.model:
         config = config_from_diffusers(Path(args.model) / "transformer" / "config.json")
     else:
@@ -145,8 +181,9 @@ def compute_dtype(args, device):
 
 def parse_train(doc, argv=None):
     """Parse the flags of full.train and full.plan: train_min.py's and more."""
-    parser = parser_of(doc, train_min.add_flags, add_model_flags, add_speed_flags, add_machine_flags)
-    flag = parser.add_argument
+    groups = dict(training=train_min.add_flags, model=add_model_flags, speed=add_speed_flags, machine=add_machine_flags)
+    parser, own = parser_of(doc, **groups)
+    flag = own.add_argument
     flag("--batch", type=int, help="global batch: samples a step over all ranks (default 16; 13b: dp x accumulation)")
     flag("--lr", type=float, help="peak, then a cosine to a tenth (default 2e-3; 13b, --model: 1e-5; --lora: 1e-4)")
     flag("--shift", type=float, help="flow shift of the noise levels (default 4; 13b: 7; --model: its scheduler's)")
@@ -162,6 +199,9 @@ def parse_train(doc, argv=None):
     flag("--keep", type=int, default=3, help="checkpoints of this run that stay (0: all)")
     resume = dict(nargs="?", const="yes", choices=("yes", "auto"))
     flag("--resume", **resume, help="go on from the newest checkpoint in --out, on any layout; auto: or start anew")
+    flag(
+        "--overwrite", action="store_true", help="start anew in an --out that has an earlier run, and replace its files"
+    )
     flag("--tensorboard", action="store_true", help="the figures of log.jsonl for TensorBoard too, if it is installed")
     flag("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
     flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
@@ -179,7 +219,7 @@ def parse_train(doc, argv=None):
 
 def check_train(args, config):
     """Raise ValueError for flags that are out of range or do not go together; fill in --model's weights and shift."""
-    check_range(args, "steps batch accumulation shard_size lora", 1)
+    check_range(args, "steps batch accumulation shard_size lora sp dp", 1)
     check_range(args, "warmup save_every keep workers validate_every", 0)
     check_range(args, "lr clip shift lora_alpha", 1e-9)
     check_range(args, "timeout", 1e-9, 1e7)
@@ -206,6 +246,12 @@ def check_train(args, config):
 
 def default_batch(args, dp):
     return 16 if args.config == "tiny" else dp * args.accumulation
+
+
+def save_is_due(step, stop, args):
+    """Return whether to save after this step: every --save_every steps, at the end and at a stop; noise only if asked."""
+    every = args.save_every or (0 if is_benchmark(args) else args.steps)
+    return bool(every) and (stop or step % every == 0 or step == args.steps)
 
 
 def is_benchmark(args):

@@ -1,6 +1,7 @@
 """A folder of encoded samples, checked whole before training; and which samples are held out. Needs safetensors."""
 
 import json
+import math
 import zlib
 from pathlib import Path
 
@@ -97,6 +98,11 @@ class Folder:
         empty = (sample["empty_text"], sample["empty_pooled"]) if self.with_image else self.empty
         more |= dict(empty=empty) if empty else {}
         return i, sample["latents"], sample["text"], sample["pooled"], more
+
+
+def largest_shape(data):
+    """Return [C, T, h, w] of the largest sample's latents."""
+    return max(data.shapes or [data[0][1].shape], key=math.prod)
 
 
 def name_of(data, i):

@@ -7,7 +7,8 @@
     $ torchrun --nproc_per_node=2 -m full.infer --model SNAPSHOT --checkpoint out --prompt "a cat"    # what full.train saved
 
 By default all ranks work on one clip. With --sp N each group of N ranks makes its own, and the prompts are divided among the
-groups. The same seed gives the same clip on any number of ranks. Clips that already exist, made by the same flags, are skipped.
+groups. A prompt and a seed give the same clip on any number of ranks, whatever else is in the list. Clips that exist, made by
+the same flags, are skipped; those of other flags are replaced with --overwrite alone.
 Its Euler steps are infer_min.py's `sample`. --model needs the extra [pipeline].
 """
 
@@ -20,7 +21,8 @@ import torch
 
 import infer_min
 from full import faults
-from full.clips import Clip, check_finite, embed_prompts, read_prompts
+from full.claim import claim
+from full.clips import check_finite, embed_prompts, make_clips, read_prompts
 from full.fa4 import attention_kernel
 from full.files import checksum, fingerprint
 from full.flags import (
@@ -47,8 +49,9 @@ from train_min import Shapes
 
 
 def parse(argv=None):
-    parser = parser_of(__doc__, infer_min.add_flags, add_model_flags, add_speed_flags, add_machine_flags)
-    flag = parser.add_argument
+    groups = dict(sampling=infer_min.add_flags, model=add_model_flags, speed=add_speed_flags, machine=add_machine_flags)
+    parser, own = parser_of(__doc__, **groups)
+    flag = own.add_argument
     flag("--prompt", action="append", help="what to show; may be given several times")
     flag("--prompts", help="a text file with one prompt a line")
     flag("--negative_prompt", default="", help="what to steer away from, if --cfg is over 1")
@@ -62,7 +65,9 @@ def parse(argv=None):
     flag("--steps", type=int, default=20, help="Euler steps (default 20; --model: 50)")
     flag("--shift", type=float, help="flow shift (default 4; 13b: 7; --model: its scheduler's)")
     flag("--cfg", type=float, default=1.0, help="true classifier-free guidance scale, two passes in one batch")
+    flag("--clips", type=int, default=1, help="of each prompt, from the seeds --seed, --seed + 1, ..")
     flag("--output", default="clip", help="name of the files written, without ending; with a / at its end a folder")
+    flag("--overwrite", action="store_true", help="replace clips that are there and were made by other flags")
     args = parse_flags(parser, argv)
     if args.model:  # the release's own
         parser.set_defaults(steps=50, height=720, width=1280, frames=129)
@@ -77,7 +82,7 @@ def parse(argv=None):
 def infer(args):
     """Encode the prompts, build the model, sample every clip, decode and write it. Return the ParallelManager."""
     job = Job(args)
-    pm, config, stages = job.pm, job.source.config, Stages(job.pm)
+    pm, config, stages = job.pm, job.source.config, Stages(job.pm, quiet=not job.real)
     if not job.todo:
         return pm
     with stages("encode"):
@@ -92,7 +97,7 @@ def infer(args):
     rules |= dict(negative=negative, image=image, group=pm.sp_group)
     for turn, clip in enumerate(job.mine):
         text, pooled = texts[clip.prompt]
-        noise = torch.randn((1, *shape), generator=seeded("sample", args.seed, clip.n)).to(pm.device)
+        noise = torch.randn((1, *shape), generator=seeded("sample", clip.seed, 0)).to(pm.device)
         with stages("denoise"), bar.watching(model):
             latents = sample(model, noise, [text.to(pm.device)], pooled[None].to(pm.device), **rules)[0]
         check_finite(latents, clip.prompt)
@@ -105,8 +110,8 @@ def infer(args):
         if args.score and writes:
             scores.append((clip.prompt, Shapes.measure(latents.cpu())))
         with stages("write"):
-            draw = job.toy and not args.score
-            faults.together(partial(clip.write, latents.cpu(), pixels, draw) if writes else lambda: None)
+            writes = writes and not args.score
+            faults.together(partial(clip.write, latents.cpu(), pixels, job.toy) if writes else lambda: None)
         del pixels  # 2 GB at 720p
     report(pm, args, scores, clock, stages, job.toy)
     return pm
@@ -124,19 +129,29 @@ class Job:
         check_used(args, self.source.config, sized=not self.toy)
         self.real = bool(args.weights or self.source.path) and not self.toy  # a toy or a benchmark is made each time
         prompts = read_prompts(args, self.source.config)
+        if not args.score:
+            whole = args.output.endswith("/")
+            claim(args.output if whole else Path(args.output).parent, None if whole else Path(args.output).name)
         shared = made_of(args, self.source, self.snapshot)
         self.pm.check_equal(dict(shared=shared), self.pm.world_group)
-        clips = [Clip(args, n, prompt, len(prompts), shared) for n, prompt in enumerate(prompts)]
-        self.todo = self.leave_out_made(clips)
+        self.todo = self.leave_out_made(make_clips(args, prompts, shared))
         # every group makes as many, since all ranks take the same number of steps: the last one may be another group's
         self.mine = self.todo[self.pm.dp_rank :: self.pm.dp_size]
         self.surplus = len(self.mine) < -(-len(self.todo) // self.pm.dp_size)
         self.mine += self.todo[-1:] * self.surplus
 
     def leave_out_made(self, clips):
-        """Return the clips to make, equal on all ranks."""
-        faults.on_main(lambda: Path(clips[0].name).parent.mkdir(parents=True, exist_ok=True))
+        """Return the clips to make, equal on all ranks. ValueError if they would replace others."""
+        if self.args.score:
+            return clips
         todo = faults.on_main(lambda: [clip for clip in clips if not (self.real and clip.is_made())])
+        taken = faults.on_main(lambda: [clip.name for clip in todo if not self.args.overwrite and clip.is_taken()])
+        if taken:
+            names = ", ".join(taken[:3]) + ", .." * (len(taken) > 3)
+            ways = "--overwrite replaces them, another --output keeps them"
+            raise ValueError(
+                f"{len(taken)} of {len(clips)} clips are there already, made by other flags ({names}): {ways}"
+            )
         if self.pm.is_main and len(todo) < len(clips):
             say(f"{len(clips) - len(todo)} of {len(clips)} clips are there already, made by these flags")
         return todo
@@ -158,7 +173,7 @@ def check_args(args):
 
     ValueError for flags that are out of range, or do not go together. Fills in what follows from other flags.
     """
-    check_range(args, "steps score", 1)
+    check_range(args, "steps score clips sp dp", 1)
     check_range(args, "shift", 1e-9)
     check_range(args, "cfg", 1.0)
     check_range(args, "guidance", 0.0)

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from full.flags import check_train, default_batch, get_config, is_benchmark, parse_train
-from full.folder import build_data
+from full.folder import build_data, largest_shape
 from full.lora import add_lora
 from hunyuan_sp import HunyuanVideo
 
@@ -37,8 +37,10 @@ def plan(config, args):
     gathered = sum(2 * 2 * p.numel() + 4 * p.numel() * p.requires_grad for p in largest)  # the next block too
 
     data = build_data(config, args)
-    largest_sample = max(data.shapes or [data[0][1].shape], key=math.prod)
-    video, batch = math.prod(largest_sample[1:]) // math.prod(config.patch_size), args.batch or default_batch(args, dp)
+    video, batch = (
+        math.prod(largest_shape(data)[1:]) // math.prod(config.patch_size),
+        args.batch or default_batch(args, dp),
+    )
     tokens = -(-batch // (dp * args.accumulation)) * -(-(video + 60) // args.sp)
     activation = 2 * config.hidden_size * tokens
     averaged = 4 * trained / shard * (args.ema > 0)
@@ -69,7 +71,12 @@ if __name__ == "__main__":
         args = parse_train(__doc__)
         config = get_config(args)
         check_train(args, config)
-        parts = plan(config, args)
-        print(json.dumps(dict(gib_a_gpu=parts.pop("all"), host_gib_a_rank=parts.pop("host"), of_the_gpu=parts)))
+        parts, (_, frames, height, width) = plan(config, args), largest_shape(build_data(config, args))
+        video = f"{8 * height} x {8 * width} x {4 * frames - 3}" if config.out_channels != 3 else "the toy's"
+        print(
+            json.dumps(
+                dict(video=video, gib_a_gpu=parts.pop("all"), host_gib_a_rank=parts.pop("host"), of_the_gpu=parts)
+            )
+        )
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -4,21 +4,25 @@ run.json names the run under way in --out, and its launch: a job that torchrun r
 checkpoint, never with one that an older run left in the same folder. A run's name is the tag of its checkpoints.
 """
 
+import argparse
 import json
 import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+from full.checkpoints import manifests
 from full.faults import on_main
 from full.files import read_json, replace_file
 from full.screen import say
+from train_min import learning_rate
 
 
-def find_start(checkpoints, out, resume=None):
+def find_start(checkpoints, out, resume=None, overwrite=False):
     """Return (path, manifest) of the checkpoint to go on from; (None, {"tag": ..}) for a new run. Equal on all ranks.
 
-    resume: "yes", "auto" (or start anew) or None.
+    resume: "yes", "auto" (or start anew) or None. ValueError for a new run in a folder that has an earlier one's files,
+    unless `overwrite`.
     """
     file = Path(out) / "run.json"
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -34,6 +38,8 @@ def find_start(checkpoints, out, resume=None):
             return None  # none, or none that can be read
 
     name = on_main(name_under_way)
+    if not (name or resume or overwrite):
+        on_main(lambda: check_unused(Path(out)))
     path, state = None, dict(tag=name or on_main(lambda: f"{time.time():.6f}"))
     try:
         if name or resume:
@@ -43,6 +49,14 @@ def find_start(checkpoints, out, resume=None):
             raise
     on_main(lambda: replace_file(file, json.dumps(dict(run=state["tag"], launch=launch))))
     return path, state
+
+
+def check_unused(out):
+    """Raise ValueError if an earlier run has left what a new one would replace."""
+    made = [path.name for path, _ in manifests(out)] + ["lora.safetensors"] * (out / "lora.safetensors").exists()
+    if made:
+        ways = "--resume goes on with it, another --out keeps it, --overwrite starts anew and replaces its files"
+        raise ValueError(f"{out} has an earlier run ({', '.join(made[:3])}{', ..' * (len(made) > 3)}): {ways}")
 
 
 def end_run(out, tag):
@@ -71,8 +85,14 @@ def say_changes(args, state, contents):
     """Print what a resumed run does otherwise than before. Layout and length may change; whatever else does is said."""
     names = "batch lr warmup clip shift guidance caption_drop ema seed dtype data weights init_lora".split()
     was = state.get("args", {}) | dict(batch=state.get("batch", args.batch))
+    step, before = state["step"], argparse.Namespace(**was)
     changed = [f"--{n} {getattr(args, n)} (was {was[n]})" for n in names if n in was and was[n] != getattr(args, n)]
     if state.get("contents", contents) != contents:
         changed.append("what is in the samples")
+    if was.get("steps", args.steps) != args.steps and was.keys() >= {"lr", "warmup"}:
+        last, due, now = (learning_rate(n, a) for n, a in ((step, before), (step + 1, before), (step + 1, args)))
+        if now != due:
+            jump = f"the learning rate goes from {last:.2e} to {now:.2e}"
+            changed.append(f"--steps {args.steps} (was {was['steps']}): {jump}")
     if changed:
         say(f"other than before: {', '.join(changed)}")

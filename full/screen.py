@@ -69,8 +69,10 @@ class Progress:
         )
         path = Path(args.out) / "log.jsonl"
         if path.exists() and not start:
-            path.replace(path.with_name("log-before.jsonl"))
-            say(f"{args.out} has an earlier run, which --resume would go on with: its log is log-before.jsonl now")
+            number = len([*path.parent.glob("log-before*.jsonl")])
+            before = path.with_name(f"log-before{f'-{number + 1}' * (number > 0)}.jsonl")
+            path.replace(before)
+            say(f"{args.out} has the log of an earlier run: it is {before.name} now")
         self.log, self.board = open(path, "a"), None  # steps that are taken again after a restart stand there twice
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -88,8 +90,7 @@ class Progress:
         recent = [loss for loss in self.losses if math.isfinite(loss)][-20:] or [math.nan]
         left = (steps - step) * sum(clock.seconds) / len(self.losses)
         mfu = f" · MFU {100 * speed['mfu']:.1f} %" if "mfu" in speed else ""
-        if "validation_loss" in more:
-            say(f"step {step}: loss {more['validation_loss']:.5f} on the samples held out")
+        self.say_validation(step, more)
         for name in more.get("not_finite", ()):
             say(f"step {step} is skipped: {name} has values that are not finite")
         if seconds > 20 and len(self.losses) == 3:
@@ -106,6 +107,16 @@ class Progress:
             shown=20,
             always=len(self.losses) == 1,
         )
+
+    def validation(self, step, more):
+        """Report a validation by itself."""
+        if self.pm.is_main:
+            self._write(step, dict(step=step) | more)
+            self.say_validation(step, more)
+
+    def say_validation(self, step, more):
+        if "validation_loss" in more:
+            say(f"step {step}: loss {more['validation_loss']:.5f} on the samples held out")
 
     def _write(self, step, entry):
         # NaN is no JSON
@@ -209,14 +220,21 @@ class Clock:
 
 
 class Stages:
-    """Seconds and peak memory of what is done under `with stages(name)`, on this rank."""
+    """Seconds and peak memory of what is done under `with stages(name)`, on this rank; some are announced.
 
-    def __init__(self, pm):
-        self.pm, self.spent = pm, {}
+    quiet: none is.
+    """
+
+    NAMES = dict(encode="encoding the prompts", load="loading the model", decode="decoding")
+
+    def __init__(self, pm, quiet=False):
+        self.pm, self.spent, self.shows = pm, {}, pm.is_main and not quiet
 
     @contextlib.contextmanager
     def __call__(self, name):
         cuda, began = self.pm.device.type == "cuda", time.perf_counter()
+        if self.shows and name in self.NAMES and (name not in self.spent or sys.stdout.isatty()):
+            say(f"{self.NAMES[name]} ..", live=True, end=False)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         yield

@@ -23,7 +23,10 @@ from test_sp import HERE, Touch, flip, fork, launch, start_forked
 
 BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("full.train --sp 3", "world size 2 is not a multiple of sequence_parallel_size 3"),
-    ("full.train --sp 0", "world size 2 is not a multiple of sequence_parallel_size 0"),
+    ("full.train --sp 0", "--sp 0 is not at least 1"),
+    ("full.train --dp -2", "--dp -2 is not at least 1"),
+    ("full.train --blocks 0,0", "--blocks 0,0 is not two numbers D,S of at least one block"),
+    ("full.train --out {bad}/run", "run has an earlier run (step-1): --resume goes on with it, another --out keeps it, --overwrite"),
     ("full.train --dp 3", "world size 2 is not a multiple of data_parallel_size 3"),
     ("full.train --dp 2 --sp 2", "data_parallel_size 2 x sequence_parallel_size 2 is not the world size 2"),
     ("full.train --sp 7", "sequence_parallel_size 7 is more than the 6 heads"),
@@ -34,7 +37,7 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("full.train --blocks=-1,2", "--blocks -1,2 is not two numbers D,S"),
     ("full.train --config 13b --height 250", "height 250 and width 256 must be multiples of 16"),
     ("full.train --config 13b --width 0", "width 0 must be multiples of 16"),
-    ("full.train --config 13b --frames 16", "frames 16 must be 4k+1: 256 x 256 x 13 would do"),
+    ("full.train --config 13b --frames 16", "frames 16 must be 4k+1: 256 x 256 x 13 or 17 would do"),
     ("full.train --steps 0", "--steps 0 is not at least 1"),
     ("full.train --batch 0", "--batch 0 is not at least 1"),
     ("full.train --batch -4", "--batch -4 is not at least 1"),
@@ -106,7 +109,7 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("full.infer --checkpoint {bad}/run --embeds {bad}/nan/a.safetensors", "nan/a.safetensors has values that are not finite"),
     ("full.infer --checkpoint {bad}/run --shift 1e300 --output {bad}/never", "the clip of 'a blue circle moves up' has values that are not"),
     ("full.infer --weights {bad}/none --config tiny", "no weights at"),
-    ("full.infer --config 13b --blocks 0,0 --frames 6", "frames 6 must be 4k+1"),
+    ("full.infer --config 13b --blocks 1,0 --frames 128 --height 720 --width 1280", "frames 128 must be 4k+1: 720 x 1280 x 125 or 129 would"),
     ("full.infer --config 15b", "no preset '15b'"),
     ("full.export --checkpoint {bad}/run --output {bad}/evil.pt", "evil.pt"),
     ("full.export --checkpoint {bad}/none --output {bad}/never", "no checkpoint in"),
@@ -237,10 +240,42 @@ def test_plan_is_printed(tmp_path):
     flags = "--config 13b --sp 2 --lora 32 --height 720 --width 1280 --frames 49".split()
     ((code, printed),) = fork("full.plan", *flags, out=tmp_path)
     parts = json.loads(printed)
-    assert code == 0 and {*parts} == {"gib_a_gpu", "host_gib_a_rank", "of_the_gpu"}
+    assert code == 0 and {*parts} == {"video", "gib_a_gpu", "host_gib_a_rank", "of_the_gpu"}
     assert 10 < parts["gib_a_gpu"] < 80 and parts["gib_a_gpu"] > parts["of_the_gpu"]["weights"] > 1
-    ((code, printed),) = fork("full.plan", "--sp", 7, out=tmp_path)
-    assert (code, printed) == (1, "error: sequence_parallel_size 7 is more than the 6 heads\n")
+    assert parts["video"] == "720 x 1280 x 49"
+    for flags, told in (
+        ("--sp 7", "sequence_parallel_size 7 is more than the 6 heads"),
+        ("--sp 0", "--sp 0 is not at least 1"),
+    ):
+        ((code, printed),) = fork("full.plan", *flags.split(), out=tmp_path)
+        assert (code, printed) == (1, f"error: {told}\n")
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--lroa 32", "there is no flag --lroa: did you mean --lora?"),
+    ("--lroa=32", "there is no flag --lroa: did you mean --lora?"),
+    ("--nothing_like_it", "there is no flag --nothing_like_it: --help shows what there is"),
+    ("--steps many", "argument --steps: invalid int value: 'many'"),
+    ("--resume never", "argument --resume: invalid choice: 'never' (choose from"),
+])  # fmt: skip
+def test_a_mistyped_flag(flags, told, tmp_path, monkeypatch):
+    """One line, once for all ranks; it is the cause that torchrun shows."""
+    ranks = fork("full.train", *flags.split(), ranks=2, out=tmp_path)
+    assert [code for code, _ in ranks] == [2, 2] and ranks[0][1].startswith(f"error: {told}"), ranks
+    assert ranks[0][1].count("\n") == 1 and not ranks[1][1]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "cause"))
+    with pytest.raises(SystemExit):
+        parse_train("", flags.split())
+    assert told in json.loads((tmp_path / "cause").read_text())["message"]["message"]
+
+
+def test_help_is_in_groups_and_says_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_train("Train.", ["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{title}:") for title in ("this program", "training", "model", "speed", "machine")]
+    assert places == sorted(places) and "(default 16)" not in text.partition("--batch")[2].partition("--lr")[0]
+    assert re.search(r"--warmup WARMUP\s+steps of linear warm-up \(default 50\)", text) and "default None" not in text
 
 
 def test_cost_model():

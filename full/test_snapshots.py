@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import full.infer
+from full.clips import file_name
 from full.flags import check_train, get_config, parse_train
 from full.folder import Folder
 from full.lora import merge_lora
@@ -29,23 +30,25 @@ def test_prompts_to_videos(snapshot, tmp_path):
     flags = [*SIZE, "--model", snapshot, "--prompts", tmp_path / "prompts.txt", "--sp", 1, "--output", f"{clips}/"]
     (code, printed), _ = fork("full.infer", *flags, ranks=2, out=tmp_path)
     assert code == 0 and "clip 3 of 3 · step 3/3" in printed, printed
-    made = sorted(file.name for file in clips.iterdir())
-    assert made == [f"000{n}.{ending}" for n in range(3) for ending in ("mp4", "png", "safetensors")]
+    made = sorted(file.name for file in clips.glob("[!.]*"))
+    names = [file_name(prompt, 0) for prompt in ("a cat", "a cat {}", "a dog")]
+    assert made == sorted(f"{name}.{ending}" for name in names for ending in ("mp4", "png", "safetensors"))
+    assert names[0] == "a-cat-0" and re.fullmatch("a-cat-[0-9a-f]{6}-0", names[1]) and names[2] == "a-dog-0"
     import av
 
-    with av.open(clips / "0002.mp4") as video:
+    with av.open(clips / "a-dog-0.mp4") as video:
         frames, stream = [*video.decode(video=0)], video.streams.video[0]
         assert (len(frames), frames[0].width, frames[0].height, stream.average_rate) == (9, 96, 64, 24)
         assert (stream.codec.name, stream.pix_fmt) == ("h264", "yuv420p")
 
-    before = load_file(clips / "0001.safetensors")
-    (clips / "0001.mp4").unlink()
-    with open(tmp_path / "prompts.txt", "a") as file:
-        file.write("grass " * 300)
+    before = load_file(clips / "a-dog-0.safetensors")
+    (clips / "a-dog-0.mp4").unlink()
+    lines = (tmp_path / "prompts.txt").read_text()
+    (tmp_path / "prompts.txt").write_text("grass " * 300 + "\n" + lines)  # on top: it changes nothing below
     ((code, printed),) = fork("full.infer", *flags, out=tmp_path)
     assert code == 0 and "2 of 4 clips are there already" in printed and printed.count("wrote") == 2, printed
     assert re.search(r"'grass grass .*'\.\. has \d+ tokens: what follows the first 256 is cut off", printed), printed
-    close(load_file(clips / "0001.safetensors")["latents"], before["latents"], 1e-5)
+    close(load_file(clips / "a-dog-0.safetensors")["latents"], before["latents"], 1e-5)
     bad_snapshots(snapshot, tmp_path)
     for line, told in BAD_SNAPSHOTS:
         line = line.format(good=snapshot, tmp=tmp_path).split()
@@ -328,7 +331,7 @@ def test_a_lora_run_is_sampled_and_exported(more, tune, snapshot, tmp_path):
     load_weights(merged, snapshot / "transformer")
     if not more:  # on another base it is said
         save_file({k: x + 1e-3 for k, x in merged.state_dict().items()}, tmp_path / "other.safetensors")
-        flags = [*words, *SIZE, "--checkpoint", out, "--output", tmp_path / "other"]
+        flags = [*words, *SIZE, "--checkpoint", out, "--output", tmp_path / "on-other"]
         printed = run(tmp_path, "full.infer", *flags, "--weights", tmp_path / "other.safetensors")
         assert "step-12: LoRA of rank 2, alpha 4" in printed and "step-12 was trained on other weights than" in printed
     base = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
@@ -354,7 +357,7 @@ def test_prompts_are_encoded_alone(snapshot, tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog\n\na cat\n")
     flags = ["--model", snapshot, "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "embeds"]
     run(tmp_path, "full.encode", *flags, ranks=2)
-    files = sorted((tmp_path / "embeds").iterdir())
+    files = sorted((tmp_path / "embeds").glob("*"))[1:]  # the first is the lock
     assert [file.name for file in files] == ["0000.safetensors", "0001.safetensors"]
     embedded = [clip_of(tmp_path, f"embedded-{n}", "--model", snapshot, "--embeds", files[n]) for n in range(2)]
     close(clip_of(tmp_path, "worded", "--model", snapshot, "--prompt", "a cat"), embedded[1], 1e-5)

@@ -18,18 +18,20 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils.data import DataLoader
 
 from full import faults
+from full.after import after_training
 from full.average import Average
 from full.checkpoints import Checkpoints
 from full.clips import Preview
 from full.fa4 import attention_kernel
 from full.files import fingerprint, replace_file
-from full.flags import check_train, compute_dtype, default_batch, get_config, is_benchmark, parse_train
+from full.flags import check_train, compute_dtype, default_batch, get_config, parse_train, save_is_due
 from full.folder import (
     build_data,
     check_origin,
     check_samples,
     contents_of,
     hold_out,
+    largest_shape,
     name_odd_samples,
     odd_samples,
 )
@@ -58,6 +60,8 @@ def train(args):
     rules = dict(clip=args.clip, guidance=args.guidance, checkpointing=args.checkpointing)
     activations = offloaded if "activations" in args.offload else contextlib.nullcontext
 
+    if run.held and run.state.get("unvalidated"):
+        progress.validation(step, run.validate(step))
     save, stop, ready = run.requests()  # made while all that was built
     while step < args.steps and not stop:
         clock.start()
@@ -76,7 +80,8 @@ def train(args):
         # one sum says what all ranks were asked by signals
         save, stop, ready = run.requests()
         more = {} if finite else dict(not_finite=name_odd_samples(micro_batches, run.data))
-        if run.held and not stop and (step % args.validate_every == 0 or step == args.steps):
+        due = bool(run.held) and (step % args.validate_every == 0 or step == args.steps)
+        if due and not stop:
             more |= run.validate(step)
             stop = run.requests()[1]  # that took a while
         progress.step(step, loss, norm, lr, clock, skipped=not finite, more=more)
@@ -92,12 +97,14 @@ def train(args):
         if ready:
             run.checkpoints.finish()
         if save or save_is_due(step, stop, args):
-            run.save(step)
+            run.save(step, unvalidated=due and "validation_loss" not in more)
             saved = step
     run.checkpoints.finish()
     if step >= args.steps:
         end_run(args.out, run.state["tag"])
     progress.end(clock, step, saved)
+    if saved and pm.is_main:
+        say(f"next: {after_training(pm, args, run.model.config, largest_shape(run.data))}")
     return pm
 
 
@@ -128,8 +135,13 @@ class Run:
         self.args, self.pm, self.signals = args, pm, faults.catch_signals()
         self.checkpoints = Checkpoints(pm, args.out, args.timeout)
         self.checkpoints.claim()
-        path, self.state = find_start(self.checkpoints, args.out, args.resume)  # a new run's state is its tag alone
+        path, self.state = find_start(
+            self.checkpoints, args.out, args.resume, args.overwrite
+        )  # a new run's state is its tag alone
         args.batch = args.batch or self.state.get("batch") or default_batch(args, pm.dp_size)
+        if pm.is_main and args.batch < pm.dp_size * args.accumulation:
+            parts = f"dp {pm.dp_size} x accumulation {args.accumulation}"
+            say(f"--batch {args.batch} is fewer than {parts}: ranks repeat samples that do not count")
         kinds = dict(shapes=self.data.shapes, names=self.data.names)  # a step takes samples of one shape
         layout = pm.dp_rank, pm.dp_size, args.accumulation
         self.sampler = DPSPBatchSampler(len(self.data), args.batch, *layout, args.seed, **kinds)
@@ -142,7 +154,9 @@ class Run:
             if pm.is_main:
                 say_changes(args, self.state, self.contents)
         self.start = self.state.get("step", 0)
-        self.preview = build_preview(config, pm, args, self.data)  # its encoders are gone before the model comes
+        prompt, self.preview = args.sample_prompt, None
+        if prompt is not None:  # its encoders are gone before the model comes
+            self.preview = Preview(pm, config, largest_shape(self.data), prompt, args.model)
         self.model, self.optimizer, self.average = build_model(config, pm, args, self.checkpoints, path)
         self.average.updates = self.state.get("ema_updates", self.start)
         self.stream = batches(self.data, self.sampler, pm, args)
@@ -164,14 +178,17 @@ class Run:
                 self.preview.write(self.model, f"{self.args.out}/sample-{step}")
         return dict(validation_loss=loss)
 
-    def save(self, step):
-        """Start saving a checkpoint, and write the LoRA."""
+    def save(self, step, unvalidated=False):
+        """Start saving a checkpoint, and write the LoRA. unvalidated: a stop has left that to the run that goes on."""
         args, pm = self.args, self.pm
         extra = dict(
             config=asdict(self.model.config), args=vars(args), layout=[pm.dp_size, pm.sp_size], batch=args.batch
         )
         extra |= self.trained | dict(
-            contents=self.contents, sampler=self.sampler.state_dict(), ema_updates=self.average.updates
+            unvalidated=unvalidated,
+            contents=self.contents,
+            sampler=self.sampler.state_dict(),
+            ema_updates=self.average.updates,
         )
         rest = dict(more=self.average.values, copy="weights" not in args.offload)
         rest |= dict(beside=partial(self.write_lora, step)) if args.lora else {}
@@ -186,12 +203,6 @@ class Run:
             save_lora(self.model, folder / name, **facts)
         if self.pm.is_main:
             replace_file(Path(args.out, name), Path(folder, name).read_bytes())
-
-
-def save_is_due(step, stop, args):
-    """Return whether to save after this step: every --save_every steps, at the end and at a stop; noise only if asked."""
-    every = args.save_every or (0 if is_benchmark(args) else args.steps)
-    return bool(every) and (stop or step % every == 0 or step == args.steps)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -217,6 +228,8 @@ def build_model(config, pm, args, checkpoints, path):
     # a checkpoint, loaded last, holds all that is trained: of a LoRA not the frozen weights
     if args.lora or not path:
         if args.weights:
+            if pm.is_main and args.model:
+                say(f"loading {args.weights}")
             load_weights(model, args.weights)
         init_weights(model, args.seed, "lora_" if args.weights else "", pm.device)
     if args.init_lora and not path:
@@ -229,18 +242,6 @@ def build_model(config, pm, args, checkpoints, path):
     if path:
         checkpoints.load(path, model, optimizer, average.values)
     return model, optimizer, average
-
-
-def build_preview(config, pm, args, data):
-    """Return what makes the clips of --sample_prompt, of the largest sample's shape; None without it."""
-    if args.sample_prompt is None:
-        return None
-    return Preview(pm, config, largest_shape(data), args.sample_prompt, args.model)
-
-
-def largest_shape(data):
-    """Return [C, T, h, w] of the largest sample's latents."""
-    return max(data.shapes or [data[0][1].shape], key=math.prod)
 
 
 def batches(data, sampler, pm, args):
