@@ -18,7 +18,7 @@ def after_training(pm, args, config, shape):
     if config.out_channels == 3:
         prompt[1] = args.sample_prompt or "a blue circle moves up"
         return next_command(pm, "infer", *([] if args.out == "out" else ["--checkpoint", args.out]), *prompt)
-    base = ["--model", args.model] if args.model else ["--weights", args.weights] if args.lora else []
+    base = ["--model", args.named] if args.model else ["--weights", args.weights] if args.lora else []
     what = ["--lora", f"{args.out}/lora.safetensors"] if args.lora else ["--checkpoint", args.out]
     image = ["--image", "FIRST.png"] if config.image_condition_type else []
     size = ["--height", shape[2] * 8, "--width", shape[3] * 8, "--frames", shape[1] * 4 - 3]

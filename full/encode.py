@@ -19,8 +19,9 @@ from full.clips import lines_of
 from full.files import checksum, fingerprint, read_utf8, save_tensors, was_made_by
 from full.flags import add_machine_flags, check_range, check_together, parse_flags, parser_of
 from full.folder import Folder
+from full.hub import find_model
 from full.screen import printed_time, say
-from full.snapshot import Snapshot, TextEncoders, of_library, template_of
+from full.snapshot import ENCODERS, PARTS, Snapshot, TextEncoders, of_library, template_of
 from full.vae import encode_frames
 from full.video import IMAGES, VIDEOS, read_frames, read_image
 
@@ -28,7 +29,7 @@ from full.video import IMAGES, VIDEOS, read_frames, read_image
 def parse(argv=None):
     parser, own = parser_of(__doc__, machine=add_machine_flags)
     flag = own.add_argument
-    flag("--model", required=True, help="folder of a released snapshot, diffusers layout")
+    flag("--model", required=True, help="released snapshot, a folder or OWNER/NAME of the hub")
     flag("--videos", help="folder of videos and images, with NAME.txt or captions.jsonl beside them")
     flag("--prompts", help="a text file with one prompt a line, in place of --videos")
     flag("--image", help="with --prompts, for image-to-video snapshots: the first frame, which their text encoder sees")
@@ -52,6 +53,7 @@ def encode(args):
     check_together(args, "prompts-height prompts-width prompts-frames videos-image")
     if not (args.videos or args.prompts):
         raise ValueError("give --videos FOLDER or --prompts FILE")
+    find_model(args, [*PARTS[1:], *ENCODERS, "image_processor", "transformer/config.json"])
     snapshot = Snapshot(args.model)
     pm = faults.init(None, 1, args.device, args.timeout)
     facts = snapshot.facts()
@@ -96,7 +98,7 @@ def encode_videos(pm, snapshot, facts, args):
         skipped = len(results) - made - replaced - there
         say(f"wrote {made + replaced} samples to {out}{older}, {there} were there, {skipped} skipped")
     if pm.is_main and made + replaced + there:
-        say(f"next: {next_command(pm, 'train', '--model', args.model, '--data', out, '--lora', 32)}")
+        say(f"next: {next_command(pm, 'train', '--model', args.named, '--data', out, '--lora', 32)}")
     if not made + replaced + there:
         raise ValueError(f"{args.videos} holds nothing that could be encoded")
     return pm

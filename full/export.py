@@ -13,6 +13,7 @@ from functools import partial
 from full import faults
 from full.claim import claim
 from full.flags import add_machine_flags, add_model_flags, check_range, check_together, parse_flags, parser_of
+from full.hub import find_model
 from full.lora import lora_files
 from full.model import Source, resolve
 from full.names import NAMINGS
@@ -35,6 +36,7 @@ def export(args):
     """Build the model and write its weights. Return the ParallelManager."""
     check_range(args, "timeout", 1e-9, 1e7)
     check_together(args)
+    find_model(args, ["transformer"])
     config = resolve(args)
     if not (args.weights or args.checkpoint):
         raise ValueError("nothing to export: give --checkpoint, --model or --weights")

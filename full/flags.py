@@ -72,7 +72,7 @@ def add_model_flags(parser):
     flag = parser.add_argument
     flag("--config", help="model preset: tiny or 13b")
     flag("--blocks", help="cut the depth of --config to D,S double and single blocks, e.g. 4,8")
-    flag("--model", help="folder of a released snapshot, diffusers layout: its config and weights; sampling: all of it")
+    flag("--model", help="released snapshot, a folder in diffusers' layout or OWNER/NAME[@REVISION] of the hub")
     flag("--weights", help="file or folder of released weights (original, diffusers or ComfyUI naming)")
     flag("--dtype", choices=("float32", "bfloat16"), help="compute (default: bfloat16 on GPUs, float32 on CPUs)")
 

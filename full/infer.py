@@ -36,10 +36,11 @@ from full.flags import (
     parse_flags,
     parser_of,
 )
+from full.hub import find_model
 from full.lora import lora_files
 from full.model import Source, resolve
 from full.screen import Bar, Clock, Stages, say
-from full.snapshot import Snapshot, template_of
+from full.snapshot import ENCODERS, PARTS, Snapshot, template_of
 from full.vae import decode
 from full.video import read_image
 from hunyuan_sp import latent_shape
@@ -183,6 +184,7 @@ def check_args(args):
     attention_kernel(args.attention)
     if not args.output.endswith("/") and not Path(args.output).name:
         raise ValueError(f"--output {args.output!r} is no name: end a folder's with /")
+    find_model(args, PARTS + (ENCODERS + ["image_processor"]) * (not args.embeds))
     snapshot = Snapshot(args.model, encoders=not args.embeds) if args.model is not None else None
     config = resolve(args)
     if snapshot:

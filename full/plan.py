@@ -13,6 +13,7 @@ import torch
 
 from full.flags import check_train, default_batch, get_config, is_benchmark, parse_train
 from full.folder import build_data, largest_shape
+from full.hub import find_model
 from full.lora import add_lora
 from hunyuan_sp import HunyuanVideo
 
@@ -69,6 +70,7 @@ def pinned(size):
 if __name__ == "__main__":
     try:
         args = parse_train(__doc__)
+        find_model(args, ["transformer/config.json", "scheduler"])
         config = get_config(args)
         check_train(args, config)
         parts, (_, frames, height, width) = plan(config, args), largest_shape(build_data(config, args))

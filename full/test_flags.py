@@ -82,7 +82,7 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("full.train --lora 2", "--lora changes weights that are there: give --model or --weights"),
     ("full.train --lora_alpha 2", "--lora_alpha goes with --lora"),
     ("full.train --ema 1", "--ema 1.0 is not in 0.0 .. 0.999999"),
-    ("full.train --model {bad}/none", "config.json is not the config of a HunyuanVideoTransformer3DModel"),
+    ("full.train --model {bad}/none", "none: there is no such folder, and a model of the hub is OWNER/NAME"),
     ("full.train --offload activations --steps 1", "--offload activations moves what --checkpointing attention or full keeps"),
     ("full.infer --config tiny --lora {bad}/none:0.5", "is not FILE or FILE:STRENGTH: there is no file"),
     ("full.infer --config tiny --lora {bad}/odd/a.safetensors", "is not a LoRA of this model: latents belongs to none"),

@@ -281,11 +281,14 @@ def test_a_resumed_run_says_what_is_other_than_before(tmp_path):
     assert code == 0 and "global batch 3" in printed and "other than before" not in printed, printed
     more = ["--steps", 3, "--batch", 2, "--lr", 0.5, "--resume"]
     ((code, printed),) = fork("full.train", *flags, *more, out=tmp_path)
-    assert code == 0 and "other than before: --batch 2 (was 3), --lr 0.5 (was 0.002), --steps 3 (was 2): the learning" in printed, printed
+    assert (
+        code == 0
+        and "other than before: --batch 2 (was 3), --lr 0.5 (was 0.002), --steps 3 (was 2): the learning" in printed
+    ), printed
     old = (tmp_path / "run/log.jsonl").read_text()
-    ((code, printed),) = fork("full.train", *flags, "--steps", 1, "--batch", 2, out=tmp_path)
+    ((code, printed),) = fork("full.train", *flags, "--steps", 1, "--batch", 2, "--overwrite", out=tmp_path)
     assert code == 0 and before.read_text() == old and len(losses(tmp_path / "run")) == 1, printed
-    assert "has an earlier run, which --resume would go on with" in printed, printed
+    assert "run has the log of an earlier run: it is log-before.jsonl now" in printed, printed
 
 
 def test_a_process_that_loads_data_ends_in_one_sentence(tmp_path):

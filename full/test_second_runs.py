@@ -245,7 +245,9 @@ def test_a_longer_resume_says_that_the_rate_jumps(tmp_path):
     (dict(out="o", sample_prompt="x"), 3, "-m full.infer --checkpoint o --prompt x"),
 ])  # fmt: skip
 def test_the_next_command(flags, channels, command):
-    args = SimpleNamespace(**dict(model=None, weights=None, lora=None, sample_prompt=None) | flags)
+    args = SimpleNamespace(
+        **dict(model=None, named=flags.get("model"), weights=None, lora=None, sample_prompt=None) | flags
+    )
     config = SimpleNamespace(out_channels=channels, image_condition_type=None)
     for world, start in ((1, "python "), (2, "torchrun --nproc_per_node=2 ")):
         printed = after_training(SimpleNamespace(world_size=world), args, config, [channels, 3, 8, 12])

@@ -35,10 +35,12 @@ from full.folder import (
     name_odd_samples,
     odd_samples,
 )
+from full.hub import find_model
 from full.lora import add_lora, in_folder, init_lora, lora_facts, save_lora
 from full.offload import offloaded
-from full.resume import check_same, end_run, find_start, say_changes, what_is_trained
+from full.resume import check_same, end_run, find_start, say_changes, say_oddities, what_is_trained
 from full.screen import Clock, Progress, forward_flops, say
+from full.snapshot import ENCODERS, PARTS
 from full.weights import load_weights, weight_files
 from hunyuan_sp import HunyuanVideo, init_weights
 from sampler import DPSPBatchSampler
@@ -112,6 +114,7 @@ class Run:
     """What a run is made of, built on every rank; and what happens between its steps."""
 
     def __init__(self, args):
+        find_model(args, [*PARTS, *ENCODERS, "image_processor"])
         config = get_config(args)
         check_train(args, config)
         if args.deterministic:
@@ -130,18 +133,14 @@ class Run:
         self.contents = contents_of(data)
         facts = dict(torch=torch.__version__, device_type=pm.device.type, data=self.contents, weight_files=weights)
         pm.check_equal(vars(args) | facts | dict(config=asdict(config), init_lora_file=first), pm.world_group)
-        if pm.is_main and 0 < getattr(data, "unsaid", 0) < len(data):
-            say(f"{data.unsaid} of {len(data)} samples do not say what encoded them: see that it was the same snapshot")
         self.args, self.pm, self.signals = args, pm, faults.catch_signals()
         self.checkpoints = Checkpoints(pm, args.out, args.timeout)
         self.checkpoints.claim()
-        path, self.state = find_start(
-            self.checkpoints, args.out, args.resume, args.overwrite
-        )  # a new run's state is its tag alone
+        # a new run's state is its tag alone
+        path, self.state = find_start(self.checkpoints, args.out, args.resume, args.overwrite)
         args.batch = args.batch or self.state.get("batch") or default_batch(args, pm.dp_size)
-        if pm.is_main and args.batch < pm.dp_size * args.accumulation:
-            parts = f"dp {pm.dp_size} x accumulation {args.accumulation}"
-            say(f"--batch {args.batch} is fewer than {parts}: ranks repeat samples that do not count")
+        if pm.is_main:
+            say_oddities(args, data, pm.dp_size)
         kinds = dict(shapes=self.data.shapes, names=self.data.names)  # a step takes samples of one shape
         layout = pm.dp_rank, pm.dp_size, args.accumulation
         self.sampler = DPSPBatchSampler(len(self.data), args.batch, *layout, args.seed, **kinds)
@@ -181,15 +180,9 @@ class Run:
     def save(self, step, unvalidated=False):
         """Start saving a checkpoint, and write the LoRA. unvalidated: a stop has left that to the run that goes on."""
         args, pm = self.args, self.pm
-        extra = dict(
-            config=asdict(self.model.config), args=vars(args), layout=[pm.dp_size, pm.sp_size], batch=args.batch
-        )
-        extra |= self.trained | dict(
-            unvalidated=unvalidated,
-            contents=self.contents,
-            sampler=self.sampler.state_dict(),
-            ema_updates=self.average.updates,
-        )
+        extra = dict(config=asdict(self.model.config), args=vars(args), layout=[pm.dp_size, pm.sp_size])
+        extra |= dict(batch=args.batch, contents=self.contents, sampler=self.sampler.state_dict())
+        extra |= dict(ema_updates=self.average.updates, unvalidated=unvalidated) | self.trained
         rest = dict(more=self.average.values, copy="weights" not in args.offload)
         rest |= dict(beside=partial(self.write_lora, step)) if args.lora else {}
         self.checkpoints.save(step, self.model, self.optimizer, extra, self.state["tag"], args.keep, **rest)

@@ -1,0 +1,73 @@
+"""A model by its name on the hub, OWNER/NAME or OWNER/NAME@REVISION: fetched once into the standard cache.
+
+Needs huggingface_hub (the extra [pipeline]).
+"""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from full.files import read_json
+
+
+def find_model(args, parts):
+    """Replace args.model by a folder, and keep what was typed in args.named. A path that exists wins.
+
+    parts: the folders, or files, of the snapshot that will be used; only these are fetched. ValueError if there is no such
+    model, or if what the cache has of it is not whole.
+    """
+    args.named = args.model
+    if args.model is None or Path(args.model).exists():
+        return
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", args.model)
+    if not found:
+        raise ValueError(
+            f"--model {args.model}: there is no such folder, and a model of the hub is OWNER/NAME[@REVISION]"
+        )
+    if not importlib.util.find_spec("huggingface_hub"):
+        raise ValueError(f"--model {args.model}: no such folder; for the hub: pip install -e '.[pipeline]'")
+    import huggingface_hub
+
+    name, revision = found.groups()
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # every rank asks, and waits for the one that fetches
+        huggingface_hub.utils.disable_progress_bars()
+    patterns = [part if "." in part else f"{part}/*" for part in parts]
+    try:
+        rules = dict(revision=revision, allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.msgpack"])
+        args.model = huggingface_hub.snapshot_download(name, **rules)
+    except Exception as error:  # of the network, of the hub, of the disk: it has many
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        both = "there is no such folder, and no such model in the cache or on the hub"
+        raise ValueError(f"--model {args.named}: {both} ({reason})") from None
+    if missing := missing_files(Path(args.model), parts):
+        cure = f"go online, or: hf download {name}{f' --revision {revision}' if revision else ''}"
+        raise ValueError(f"--model {args.named}: its copy in the cache is not whole, {missing[0]} is missing: {cure}")
+
+
+def missing_files(folder, parts):
+    """Return what a snapshot lacks. Offline, the library gives out what an earlier download has left, whole or not."""
+    wanted = []
+    for part in parts:
+        if "." in part:
+            wanted += [part]
+        elif part != "image_processor":
+            wanted += [f"{part}/{name}" for name in NEEDED.get(part.removesuffix("_2"), [])]
+            for index in sorted((folder / part).glob("*.safetensors.index.json")):
+                wanted += [f"{part}/{name}" for name in sorted({*read_json(index)["weight_map"].values()})]
+    lost = [name for name in wanted if not (folder / name).exists()]
+    vocabularies = [part for part in parts if part.startswith("tokenizer")]
+    for part in vocabularies:
+        if not any((folder / part / name).exists() for name in ("tokenizer.json", "vocab.json")):
+            lost.append(f"{part}/tokenizer.json")
+    weights = [part for part in parts if part.startswith(("transformer", "vae", "text_encoder")) and "." not in part]
+    return lost + [f"{part}/*.safetensors" for part in weights if not [*(folder / part).glob("*.safetensors")]]
+
+
+NEEDED = dict(
+    transformer=["config.json"],
+    vae=["config.json"],
+    text_encoder=["config.json"],
+    tokenizer=["tokenizer_config.json"],
+    scheduler=["scheduler_config.json"],
+)
