@@ -102,6 +102,9 @@ def say_oddities(args, data, dp):
     """Print what is likely not meant: samples of unknown origin among others, a batch that leaves ranks idle."""
     if 0 < getattr(data, "unsaid", 0) < len(data):
         say(f"{data.unsaid} of {len(data)} samples do not say what encoded them: see that it was the same snapshot")
-    if args.batch < dp * args.accumulation:
-        parts = f"dp {dp} x accumulation {args.accumulation}"
-        say(f"--batch {args.batch} is fewer than {parts}: ranks repeat samples that do not count")
+    parts = dp * args.accumulation
+    if idle := -args.batch % parts:
+        where = f"dp {dp} x accumulation {args.accumulation}"
+        say(
+            f"--batch {args.batch} over {where}: {idle} of {args.batch + idle} places a step repeat samples, and do not count"
+        )

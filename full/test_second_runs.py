@@ -234,7 +234,7 @@ def test_a_longer_resume_says_that_the_rate_jumps(tmp_path):
     rates = [entry["lr"] for entry in losses(tmp_path / "run")]
     assert f"--steps 10 (was 5): the learning rate goes from {rates[4]:.2e} to {rates[5]:.2e}" in told[0][1]
     assert rates[5] > 2 * rates[4]
-    assert "--batch 2 is fewer than dp 4 x accumulation 1: ranks repeat samples that do not count" in told[0][1]
+    assert "--batch 2 over dp 4 x accumulation 1: 2 of 4 places a step repeat samples, and do not count" in told[0][1]
 
 
 @pytest.mark.parametrize("flags, channels, command", [
