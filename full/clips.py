@@ -21,7 +21,7 @@ from train_min import Shapes
 
 # flags that do not change what is in a clip, those of earlier versions too; its checkpoint's files are among `shared`
 OUTSIDE = (
-    "output overwrite embeds prompts clips dp sp shard device compile attention timeout profile debug score checkpoint "
+    "output overwrite embeds prompts clips dp sp shard offload memory device compile attention timeout profile debug score checkpoint "
     "naming export given changed named"
 )
 LONGEST = 80  # bytes of a clip's file name, its ending included

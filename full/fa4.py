@@ -2,6 +2,9 @@
 times as fast as with cuDNN. On Blackwell, where it runs too, cuDNN is the faster one.
 """
 
+import contextlib
+import importlib.util
+
 import torch
 
 from hunyuan_sp import KEPT, sdpa
@@ -33,6 +36,16 @@ def _fa4_backward(ctx, grad, _):
 
 
 _fa4.register_autograd(_fa4_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
+
+
+def fastest_kernel(device):
+    """Return "fa4" on Hopper, where it is the faster one, if the extra [fast] is installed; else "sdpa"."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if hopper and importlib.util.find_spec("flash_attn"):
+        with contextlib.suppress(ValueError):  # a package that lacks FlashAttention-4
+            attention_kernel("fa4")
+            return "fa4"
+    return "sdpa"
 
 
 def attention_kernel(name):

@@ -105,10 +105,11 @@ def on_main(function):
 # the end of a process
 
 
-def run(main, folder, debug=False):
+def run(main, folder, debug=False, cure=None):
     """Call main(), which returns a ParallelManager, and end the process: with status 0, or one sentence and status 1.
 
     The sentence is also the cause that torchrun shows. folder: where main writes; a full disk does not say where.
+    cure: a function that says what would need less of a GPU's memory.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
@@ -117,6 +118,8 @@ def run(main, folder, debug=False):
         main().close()
     except BaseException as error:  # CheckpointException, say, is no Exception
         sentence, lost = explain(error, folder)
+        if isinstance(error, torch.OutOfMemoryError):
+            sentence = about_gpu(error, cure)
         sentence = printable(sentence)
         with contextlib.suppress(OSError):
             if debug:
@@ -169,6 +172,14 @@ def sentence_of(error):
 def about_memory(text):
     shared = re.search(r"shared memory|/torch_|Bus error|shm", text)
     return " (/dev/shm is too small: docker run --shm-size=8g, or --workers 0)" if shared else ""
+
+
+def about_gpu(error, cure):
+    """Return the sentence for a GPU whose memory is too small."""
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    limit = re.search(r"([\d.]+ \w+) allowed", str(error)) or re.search(r"total capacity of ([\d.]+ \w+)", str(error))
+    numbers = f"{asked[1]} more" if asked else "more"
+    return f"the GPU's memory{f' of {limit[1]}' * bool(limit)} is too small: it takes {numbers}{'; less with ' + cure() if cure else ''}"
 
 
 def to_launcher(sentence):

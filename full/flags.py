@@ -81,6 +81,12 @@ def add_speed_flags(parser):
     """Add what training and sampling have in common."""
     flag = parser.add_argument
     flag("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
+    flag(
+        "--memory",
+        type=float,
+        help="GiB of a GPU to get by with, e.g. 24 on a larger one; one is left to CUDA and NCCL",
+    )
+    flag("--mlp_slices", type=int, default=1, help="slices of the tokens in which blocks work on their MLPs")
     flag("--profile", action="store_true", help="Chrome traces of the last step, trace-RANK.json.gz, by the output")
 
 
@@ -219,7 +225,8 @@ def parse_train(doc, argv=None):
 
 def check_train(args, config):
     """Raise ValueError for flags that are out of range or do not go together; fill in --model's weights and shift."""
-    check_range(args, "steps batch accumulation shard_size lora sp dp", 1)
+    check_range(args, "steps batch accumulation shard_size lora sp dp mlp_slices", 1)
+    check_range(args, "memory", 2)
     check_range(args, "warmup save_every keep workers validate_every", 0)
     check_range(args, "lr clip shift lora_alpha", 1e-9)
     check_range(args, "timeout", 1e-9, 1e7)

@@ -23,7 +23,7 @@ import infer_min
 from full import faults
 from full.claim import claim
 from full.clips import check_finite, embed_prompts, make_clips, read_prompts
-from full.fa4 import attention_kernel
+from full.fa4 import attention_kernel, fastest_kernel
 from full.files import checksum, fingerprint
 from full.flags import (
     add_machine_flags,
@@ -38,6 +38,7 @@ from full.flags import (
 )
 from full.hub import find_model
 from full.lora import lora_files
+from full.memory import cure, limit_memory
 from full.model import Source, resolve
 from full.screen import Bar, Clock, Stages, say
 from full.snapshot import ENCODERS, PARTS, Snapshot, template_of
@@ -60,6 +61,8 @@ def parse(argv=None):
     flag("--negative_embeds", help="the file of --embeds for the negative prompt")
     flag("--checkpoint", help="the --out folder of training (default: out, without --model, --weights and --config)")
     flag("--lora", action="append", help="FILE[:STRENGTH] to add to the weights; may be given several times")
+    flag("--offload", action="append", choices=("weights", "encoders"), help="to the host's memory; or twice, both")
+    flag("--attention", default="auto", help="auto: fa4 on Hopper with the extra [fast], else sdpa; or one of the two")
     flag("--sp", "--sequence_parallel_size", type=int, help="ranks that share a clip (default: all)")
     flag("--dp", "--data_parallel_size", type=int, help="groups that sample other prompts (default: world size / sp)")
     flag("--shard", action="store_true", help="FSDP2, for weights that do not fit one GPU")
@@ -73,6 +76,7 @@ def parse(argv=None):
     if args.model:  # the release's own
         parser.set_defaults(steps=50, height=720, width=1280, frames=129)
         args = parse_flags(parser, argv)
+    args.offload = args.offload or []
     return args
 
 
@@ -89,7 +93,8 @@ def infer(args):
     with stages("encode"):
         texts, negative, image = job.encode()
     with stages("load"):
-        model = job.source.build_model(args.shard, args.attention, args.compile)
+        rules = dict(offload="weights" in args.offload, mlp_slices=args.mlp_slices)
+        model = job.source.build_model(args.shard, args.attention, args.compile, **rules)
         vae = job.snapshot.vae(pm.device) if job.snapshot else None
     shape = Shapes.CLIP_SHAPE if job.toy else latent_shape(config, args.height, args.width, args.frames)
     clock = Clock(pm, args.steps, f"{args.output}-trace" if args.profile else None, wait=True)
@@ -124,6 +129,7 @@ class Job:
     def __init__(self, args):
         self.args, (self.snapshot, config, self.image) = args, check_args(args)
         self.pm = faults.init(args.dp, args.sp, args.device, args.timeout)
+        limit_memory(self.pm, args.memory)
         compare_ranks(self.pm, args)
         self.source = Source(self.pm, args, config)
         self.toy = self.source.config.out_channels == 3
@@ -162,7 +168,8 @@ class Job:
         args, size = self.args, (self.args.width, self.args.height)
         prompts = sorted({clip.prompt for clip in self.todo})
         if self.snapshot and not args.embeds:
-            texts, negative = self.snapshot.encode(self.pm, prompts, args.negative_prompt, self.image, size)
+            device = torch.device("cpu") if "encoders" in args.offload else self.pm.device
+            texts, negative = self.snapshot.encode(self.pm, prompts, args.negative_prompt, self.image, size, device)
         else:
             texts, negative = embed_prompts(args, self.source.config, prompts)
         negative = [negative[0].to(self.pm.device)], negative[1].to(self.pm.device)[None]
@@ -174,14 +181,16 @@ def check_args(args):
 
     ValueError for flags that are out of range, or do not go together. Fills in what follows from other flags.
     """
-    check_range(args, "steps score clips sp dp", 1)
+    check_range(args, "steps score clips sp dp mlp_slices", 1)
+    check_range(args, "memory", 2)
     check_range(args, "shift", 1e-9)
     check_range(args, "cfg", 1.0)
     check_range(args, "guidance", 0.0)
     check_range(args, "seed", 0, 2**62)
     check_range(args, "timeout", 1e-9, 1e7)
     check_together(args)
-    attention_kernel(args.attention)
+    if args.attention != "auto":
+        attention_kernel(args.attention)
     if not args.output.endswith("/") and not Path(args.output).name:
         raise ValueError(f"--output {args.output!r} is no name: end a folder's with /")
     find_model(args, PARTS + (ENCODERS + ["image_processor"]) * (not args.embeds))
@@ -200,10 +209,14 @@ def check_args(args):
 def compare_ranks(pm, args):
     """Raise ValueError if ranks have other flags or files; settle what depends on the device."""
     files = [*(args.embeds or ()), args.prompts]
+    if auto := args.attention == "auto":
+        args.attention = fastest_kernel(pm.device)
     facts = dict(torch=torch.__version__, device_type=pm.device.type)
     facts["files"] = [fingerprint([file]) for file in files if file and Path(file).is_file()]
     pm.check_equal(vars(args) | facts, pm.world_group)
     args.dtype = str(compute_dtype(args, pm.device)).removeprefix("torch.")
+    if auto and pm.is_main and pm.device.type == "cuda":
+        say(f"attention by {args.attention}")
 
 
 def made_of(args, source, snapshot):
@@ -229,4 +242,4 @@ def report(pm, args, scores, clock, stages, toy):
 
 if __name__ == "__main__":
     args = parse()
-    faults.run(partial(infer, args), args.output, args.debug)
+    faults.run(partial(infer, args), args.output, args.debug, partial(cure, args))

@@ -3,13 +3,17 @@
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 
+from full import faults
 from full.checkpoints import Checkpoints
 from full.fa4 import attention_kernel
 from full.files import fingerprint
 from full.flags import compute_dtype, get_config
 from full.lora import lora_facts, lora_files, merge_checkpoint, merge_loras
+from full.memory import check_host
 from full.screen import say
+from full.slices import slice_mlps
 from full.weights import load_weights, weight_files
 from hunyuan_sp import HunyuanConfig, HunyuanVideo, init_weights
 
@@ -62,17 +66,25 @@ class Source:
         same = not base or fingerprint(weight_files(self.args.weights), like=base) == base
         return [] if same else [f"{self.path} was trained on other weights than {self.args.weights}"]
 
-    def build_model(self, shard=False, attention="sdpa", compile=False):
-        """Return the model: plain tensors on every rank, or sharded."""
+    def build_model(self, shard=False, attention="sdpa", compile=False, offload=False, mlp_slices=1):
+        """Return the model: plain tensors on every rank, or sharded, with `offload` in the host's memory.
+
+        Sharded weights are in the dtype that is computed in, but for those of a checkpoint, which are in float32.
+        """
         pm, args, dtype = self.pm, self.args, compute_dtype(self.args, self.pm.device)
         tuned = self.path and not self.lora  # the checkpoint has all weights, in float32
         with torch.device("meta"):
             model = HunyuanVideo(self.config)
+        model, pinned = model if tuned else model.to(dtype), pm.device.type == "cuda"
         model.attention = attention_kernel(attention)
-        if shard:
-            pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype)
+        slice_mlps(model, mlp_slices)
+        if offload and pinned:
+            faults.together(lambda: check_host(model, pm.world_size))
+        if shard or offload:
+            policy = CPUOffloadPolicy(pin_memory=pinned) if offload else None
+            pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype, offload_policy=policy)
         else:
-            model = (model if tuned else model.to(dtype)).to_empty(device=pm.device)
+            model = model.to_empty(device=pm.device)
         if tuned:
             params = {name: param.detach() for name, param in model.named_parameters()}
             average = params if self.manifest.get("ema") else None
@@ -80,14 +92,14 @@ class Source:
         elif args.weights:
             load_weights(model, args.weights)
         else:
-            init_weights(model)
+            init_weights(model, device=pm.device)
         sentences = [merge_checkpoint(model, self.path, self.manifest)] if self.lora else []
         sentences += merge_loras(model, lora_files(args.lora))
         if self.lora and pm.is_main:
             sentences += self.other_base()
         for sentence in sentences if pm.is_main else ():
             say(sentence)
-        model = (model if shard else model.to(dtype)).requires_grad_(False)
+        model = (model if shard or offload else model.to(dtype)).requires_grad_(False)
         if compile:
             model.compile_blocks()
         return model

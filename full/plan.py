@@ -15,6 +15,7 @@ from full.flags import check_train, default_batch, get_config, is_benchmark, par
 from full.folder import build_data, largest_shape
 from full.hub import find_model
 from full.lora import add_lora
+from full.memory import pinned
 from hunyuan_sp import HunyuanVideo
 
 
@@ -60,11 +61,6 @@ def plan(config, args):
     # the kept activations go as the gradients come
     parts["all"] = parts["weights"] + parts["optimizer"] + max(parts["kept"], parts["gradients"]) + parts["working"]
     return {name: round(value / 2**30, 1) for name, value in parts.items()}
-
-
-def pinned(size):
-    """Return what so many bytes of pinned memory take: torch asks for powers of two."""
-    return 2 ** math.ceil(math.log2(size))
 
 
 if __name__ == "__main__":

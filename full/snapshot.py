@@ -55,16 +55,16 @@ class Snapshot:
         """Return the fingerprints of all files but the DiT's."""
         return [fingerprint([file]) for file in encoder_files(self.folder)]
 
-    def encode(self, pm, prompts, negative_prompt="", image=None, size=None):
+    def encode(self, pm, prompts, negative_prompt="", image=None, size=None, device=None):
         """Return {prompt: (text, pooled)}, on every rank, and the negative prompt's (text, pooled).
 
         image: the first frame, for image-to-video, and size: (width, height). Rank 0 encodes, each prompt once, and frees
-        the encoders; a host never holds them twice.
+        the encoders; a host never holds them twice. device: where they compute, by default the ParallelManager's.
         """
         from PIL import Image
 
         encoders, texts = [], {}  # of rank 0 alone
-        self._on_main(lambda: encoders.append(TextEncoders(self, pm.device)))
+        self._on_main(lambda: encoders.append(TextEncoders(self, device or pm.device)))
         for prompt in dict.fromkeys(prompts):
             texts[prompt] = self._on_main(lambda prompt=prompt: encoders[0](prompt, image))
         black = Image.new("RGB", size) if image else None  # as diffusers does

@@ -129,6 +129,34 @@ def check_lora_curve_and_resume(pm, folder):
         infer(pm, "--checkpoint", own)
 
 
+def check_offloaded_sampling(pm, folder):
+    """Weights that come from the host's memory make the same clip bit for bit, with a LoRA and under --cfg; MLPs in slices the
+    same to rounding."""
+    own = folder / f"offload-{pm.dp_size}x{pm.sp_size}"
+
+    def files():
+        own.mkdir()
+        config = HunyuanConfig.preset("tiny", double_depth=1, single_depth=1)
+        save_file(random_model(config, dtype=torch.float32).state_dict(), own / "base.safetensors")
+        a, b = draws(1, torch.float32)(4, config.hidden_size), draws(2, torch.float32)(config.hidden_size, 4)
+        stem = "transformer.double_blocks.0.img_attn_proj.lora_"
+        save_file({f"{stem}A.weight": a * 0.1, f"{stem}B.weight": b * 0.1}, own / "lora.safetensors")
+
+    on_main(files)
+    flags = ["--config", "tiny", "--blocks", "1,1", "--weights", own / "base.safetensors", "--steps", 3]
+    flags += ["--cfg", 3, "--negative_prompt", "a red thing moves", "--dp", pm.dp_size]
+    for dtype in ("float32", "bfloat16"):
+        clips = []
+        for n, more in enumerate(
+            (["--lora", own / "lora.safetensors:0.7"], ["--offload", "weights"], ["--mlp_slices", 3], [])
+        ):
+            lora = ["--lora", own / "lora.safetensors:0.7"] * (0 < n < 3)
+            infer(pm, *flags, *more, *lora, "--dtype", dtype, "--output", own / f"{dtype}-{n}")
+            clips.append(load_file(own / f"{dtype}-{n}.safetensors")["latents"])
+        assert torch.equal(clips[0], clips[1]) and not torch.equal(clips[0], clips[3]), dtype
+        close(clips[2], clips[0], 1e-5 if dtype == "float32" else 5e-2)
+
+
 def check_ranks_with_other_files(pm, folder):
     """Sampling, export and training compare what goes in: a tensor of the weights, the config, of one rank alone."""
     if pm.world_size == 1:
@@ -298,9 +326,13 @@ def check_pipelines(pm, folder):
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
 ONLY = dict(
-    ranks_with_other_files="1x2", lora_curve_and_resume="1x1 1x2 2x2", pipelines="1x1 1x2 1x3", decoding="1x1 1x2 1x3"
+    ranks_with_other_files="1x2",
+    offloaded_sampling="1x1 1x2 2x1",
+    lora_curve_and_resume="1x1 1x2 2x2",
+    pipelines="1x1 1x2 1x3",
+    decoding="1x1 1x2 1x3",
 )
-NEEDED = {name: [name] for name in ONLY if "1x1" in ONLY[name]}  # of 1x1
+NEEDED = {name: [name] for name in ONLY if "1x1" in ONLY[name] and name != "offloaded_sampling"}  # of 1x1
 
 
 @test_sp.on_layouts(CHECKS, ONLY)

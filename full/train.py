@@ -37,9 +37,11 @@ from full.folder import (
 )
 from full.hub import find_model
 from full.lora import add_lora, in_folder, init_lora, lora_facts, save_lora
+from full.memory import cure, limit_memory
 from full.offload import offloaded
 from full.resume import check_same, end_run, find_start, say_changes, say_oddities, what_is_trained
 from full.screen import Clock, Progress, forward_flops, say
+from full.slices import slice_mlps
 from full.snapshot import ENCODERS, PARTS
 from full.weights import load_weights, weight_files
 from hunyuan_sp import HunyuanVideo, init_weights
@@ -130,6 +132,7 @@ class Run:
 
         # who am I; which samples are mine; where did we stop
         pm = faults.init(args.dp, args.sp, args.device, args.timeout)
+        limit_memory(pm, args.memory)
         self.contents = contents_of(data)
         facts = dict(torch=torch.__version__, device_type=pm.device.type, data=self.contents, weight_files=weights)
         pm.check_equal(vars(args) | facts | dict(config=asdict(config), init_lora_file=first), pm.world_group)
@@ -213,6 +216,7 @@ def build_model(config, pm, args, checkpoints, path):
         if args.lora:  # beside frozen weights in the dtype that is computed in
             add_lora(model.to(dtype), args.lora, args.lora_alpha)
     model.attention = attention_kernel(args.attention)
+    slice_mlps(model, args.mlp_slices)
     host = CPUOffloadPolicy(pin_memory=pm.device.type == "cuda") if "weights" in args.offload else None
     pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype, args.shard_size, offload_policy=host)
     faults.limit_waits(next(model.parameters()).device_mesh, args.timeout)
@@ -290,4 +294,4 @@ def work_of(pm, config, micro_batches, args):
 
 if __name__ == "__main__":
     args = parse_train(__doc__)
-    faults.run(partial(train, args), args.out, args.debug)
+    faults.run(partial(train, args), args.out, args.debug, partial(cure, args))

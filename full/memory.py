@@ -1,0 +1,58 @@
+"""Memory: a limit for this process on a GPU, what the host has left, and what to change where either is short."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+
+def limit_memory(pm, gib):
+    """Hold this process to what a GPU of so many GiB leaves: one less, for the context and NCCL. None, or a CPU: no limit."""
+    if gib and pm.device.type == "cuda":
+        total = torch.cuda.get_device_properties(pm.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - 1) * 2**30 / total), pm.device)
+
+
+def pinned(size):
+    """Return what so many bytes of pinned memory take: torch asks for powers of two."""
+    return 2 ** math.ceil(math.log2(size)) if size > 0 else 0
+
+
+def host_left():
+    """Return the bytes of memory that this host, or this container, has left; infinite if it does not say."""
+    left = [math.inf]
+    try:
+        text = Path("/proc/meminfo").read_text()
+        left.append(int(text.partition("MemAvailable:")[2].split()[0]) * 1024)
+        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
+        cache = Path("/sys/fs/cgroup/memory.stat").read_text().partition("inactive_file ")[2].split()[0]
+        left.append(int(limit) - int(used) + int(cache))
+    except (OSError, ValueError, IndexError):
+        pass  # another system, or no limit
+    return min(left)
+
+
+def check_host(model, world):
+    """Raise ValueError if the host lacks the memory for a model's weights, pinned, in shards; before anything is loaded.
+
+    model: on the meta device, not yet sharded. world: the ranks that share it.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    each = sum(pinned(param.numel() * param.itemsize / world) for param in model.parameters())
+    needed, left = each * ranks_here, host_left()
+    if needed > left:
+        raise ValueError(
+            f"--offload weights needs {needed / 2**30:.1f} GiB of this host's memory, and {left / 2**30:.1f} are left"
+        )
+
+
+def cure(args):
+    """Return what would need less of a GPU's memory: the flags that are not taken yet, in the order of what they cost."""
+    training = hasattr(args, "checkpointing")
+    ways = ["--compile"] * (not args.compile)
+    ways += ["--checkpointing full"] * (training and args.checkpointing != "full")
+    names = ("activations", "weights") if training else ("weights", "encoders")
+    ways += [f"--offload {name}" for name in names if name not in args.offload]
+    ways += ["--mlp_slices 8"] * (args.mlp_slices == 1)
+    return ", ".join([*ways, "more GPUs, or a smaller --height, --width or --frames"])

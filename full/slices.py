@@ -1,0 +1,53 @@
+"""The MLP of each block in slices of the tokens, recomputed slice by slice in backward: a block at work needs about half as much
+memory. `slice_mlps(model, 8)` goes behind `add_lora` and before `shard`. Needs nothing more.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from hunyuan_sp import gelu, layer_norm, modulate, rotate, split_qkv
+
+
+def slice_mlps(model, count):
+    """Let the blocks work on their video's MLPs in `count` slices of the tokens; 1 changes nothing."""
+    if count == 1:
+        return
+    for block in model.double_blocks:
+        block.img_mlp.forward = partial(in_slices, block.img_mlp.forward, count)
+    for block in model.single_blocks:
+        block.forward = partial(single_block, block, count)
+
+
+def in_slices(function, count, *inputs):
+    """Apply a function of tokens alone to slices of inputs [B, L, ..] -> [B, L, C]; backward recomputes one after another."""
+    if torch.is_grad_enabled():
+        function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([function(*parts) for parts in zip(*(x.tensor_split(count, 1) for x in inputs))], 1)
+
+
+def single_block(block, count, x, vec, rope, attend, still=None):
+    """Compute what SingleBlock.forward does, in another order: q, k, v and attention, then the MLP in slices."""
+    (mod,) = block.modulation(vec, still)
+    width, y = 3 * x.shape[2], modulate(layer_norm(x), mod)
+
+    def attention(y):
+        q, k, v = split_qkv(rows_of(block.linear1, y, 0, width), block.num_heads)
+        return attend(torch.stack((rotate(block.q_norm(q), rope), rotate(block.k_norm(k), rope), v), 2))
+
+    def mlp(y, out):
+        hidden = gelu(rows_of(block.linear1, y, width, block.linear1.out_features))
+        return block.linear2(torch.cat((out, hidden), 2))
+
+    return x + mod.gate * in_slices(mlp, count, y, attention(y))
+
+
+def rows_of(linear, x, start, stop):
+    """Return rows start..stop of a linear layer's output, with its LoRA if it has one."""
+    out = F.linear(x, linear.weight[start:stop], linear.bias[start:stop])
+    if not hasattr(linear, "lora_A"):
+        return out
+    a, b = linear.lora_A.to(x.dtype), linear.lora_B[start:stop].to(x.dtype)
+    return out + linear.scale * F.linear(F.linear(x, a), b)
