@@ -3,6 +3,8 @@
     $ torchrun --nproc_per_node=1 .ci/lora.py 720x1280x49 attention
     $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x129 attention offload
     $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x129 full offload        # for GPUs of 48 GB
+    $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x49 full offload weights memory=8           # the weights too
+    $ torchrun --nproc_per_node=1 .ci/lora.py 720x1280x129 full offload weights memory=24 slices=8 steps=2
 
 It prints a JSON line: seconds of each step (the first two compile and allocate), peak memory. Without trained modulations a fresh
 model's gates would stay zero, and zeros run faster: so all weights are random.
@@ -10,6 +12,7 @@ model's gates would stay zero, and zeros run faster: so all weights are random.
 
 import contextlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,24 +20,34 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+from torch.distributed.fsdp import CPUOffloadPolicy  # noqa: E402
 
 from comm import ParallelManager  # noqa: E402
 from full.lora import add_lora  # noqa: E402
+from full.memory import limit_memory  # noqa: E402
 from full.offload import offloaded  # noqa: E402
 from full.screen import forward_flops  # noqa: E402
+from full.slices import slice_mlps  # noqa: E402
 from hunyuan_sp import HunyuanConfig, HunyuanVideo, latent_shape  # noqa: E402
 
 
-def main(size, checkpointing, offload=False, steps=4):
+def main(size, checkpointing, *words):
+    offload, numbers = "offload" in words, dict(memory=0, slices=1, steps=4)
+    numbers |= {name: int(value) for name, _, value in (word.partition("=") for word in words) if value}
+    limit_memory(numbers["memory"], "cuda")
     manager, config = ParallelManager(1, None), HunyuanConfig.preset("13b")
     shape = latent_shape(config, *map(int, size.split("x")))
     with torch.device("meta"):
         model = HunyuanVideo(config).to(torch.bfloat16)
         add_lora(model, 32)
-    manager.shard(model, model.blocks, torch.bfloat16)
+    slice_mlps(model, numbers["slices"])
+    host = CPUOffloadPolicy() if "weights" in words else None
+    manager.shard(model, model.blocks, torch.bfloat16, offload_policy=host)
+    torch.set_num_threads(len(os.sched_getaffinity(0)) // torch.cuda.device_count())
     device, generator = manager.device, torch.Generator(manager.device).manual_seed(0)
     for param in model.parameters():
-        param.to_local().data.normal_(0, 0.02, generator=generator)
+        local = param.to_local().data
+        local.copy_(torch.randn(local.shape, device=device, generator=generator).mul_(0.02))
     model.compile_blocks()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
     given = dict(latents=torch.randn(1, *shape, device=device, generator=generator), lengths=[60])
@@ -43,7 +56,7 @@ def main(size, checkpointing, offload=False, steps=4):
     given |= dict(timestep=torch.full((1,), 500.0, device=device), guidance=torch.full((1,), 1000.0, device=device))
     tokens, seconds = shape[1] * shape[2] * shape[3] // 4, []
     rules = dict(group=manager.sp_group, gather=False, checkpointing=checkpointing)
-    for _ in range(steps):
+    for _ in range(numbers["steps"]):
         torch.cuda.synchronize()
         began = time.perf_counter()
         with offloaded() if offload else contextlib.nullcontext():
@@ -58,6 +71,7 @@ def main(size, checkpointing, offload=False, steps=4):
             print(seconds[-1], flush=True)
     flops = forward_flops(config, tokens, 60, linears=2, attention=3)  # frozen weights have no gradients of their own
     report = dict(size=size, tokens=tokens, checkpointing=checkpointing, offload=offload, gpus=manager.world_size)
+    report |= numbers | dict(weights="host" if host else "gpu")
     report |= dict(gpu=torch.cuda.get_device_name(), seconds=seconds, gib=torch.cuda.max_memory_allocated() / 2**30)
     report |= dict(weights_gib=sum(p.to_local().nbytes for p in model.parameters()) / 2**30)
     report |= dict(tflops=round(flops / min(seconds) / manager.world_size / 1e12, 1))
@@ -67,4 +81,4 @@ def main(size, checkpointing, offload=False, steps=4):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], "offload" in sys.argv[3:])
+    main(*sys.argv[1:])

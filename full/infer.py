@@ -128,8 +128,8 @@ class Job:
 
     def __init__(self, args):
         self.args, (self.snapshot, config, self.image) = args, check_args(args)
+        limit_memory(args.memory, args.device)
         self.pm = faults.init(args.dp, args.sp, args.device, args.timeout)
-        limit_memory(self.pm, args.memory)
         compare_ranks(self.pm, args)
         self.source = Source(self.pm, args, config)
         self.toy = self.source.config.out_channels == 3

@@ -7,11 +7,16 @@ from pathlib import Path
 import torch
 
 
-def limit_memory(pm, gib):
-    """Hold this process to what a GPU of so many GiB leaves: one less, for the context and NCCL. None, or a CPU: no limit."""
-    if gib and pm.device.type == "cuda":
-        total = torch.cuda.get_device_properties(pm.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - 1) * 2**30 / total), pm.device)
+def limit_memory(gib, device_type):
+    """Hold this process to what a GPU of so many GiB leaves: one less, for the context and NCCL. None, or a CPU: no limit.
+
+    Before anything is on the GPU: near the limit memory must not be lost between blocks of fixed sizes.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if gib and device_type != "cpu" and local < torch.cuda.device_count():
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        total = torch.cuda.get_device_properties(local).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - 1) * 2**30 / total), local)
 
 
 def pinned(size):

@@ -1,5 +1,6 @@
 """Little memory: the MLP in slices, what a host lacks, and what a GPU that is too small is to be told."""
 
+import os
 from types import SimpleNamespace
 from unittest import mock
 
@@ -74,9 +75,12 @@ def test_a_limit_is_one_less(monkeypatch):
     """Of the card that is named; the rest is CUDA's and NCCL's."""
     seen = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *args: seen.append(args))
-    for gib, kind in ((16.0, "cuda"), (1000.0, "cuda"), (16.0, "cpu"), (None, "cuda")):
-        limit_memory(SimpleNamespace(device=torch.device(kind)), gib)
+    for gib, kind in ((16.0, None), (1000.0, "cuda"), (16.0, "cpu"), (None, "cuda")):
+        limit_memory(gib, kind)
+    assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True"
     assert [fraction for fraction, _ in seen] == [15 / 80, 1.0]
 
 

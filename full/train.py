@@ -131,8 +131,8 @@ class Run:
         first = lora_facts([args.init_lora]) if args.init_lora else []
 
         # who am I; which samples are mine; where did we stop
+        limit_memory(args.memory, args.device)
         pm = faults.init(args.dp, args.sp, args.device, args.timeout)
-        limit_memory(pm, args.memory)
         self.contents = contents_of(data)
         facts = dict(torch=torch.__version__, device_type=pm.device.type, data=self.contents, weight_files=weights)
         pm.check_equal(vars(args) | facts | dict(config=asdict(config), init_lora_file=first), pm.world_group)
