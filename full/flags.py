@@ -185,8 +185,8 @@ def compute_dtype(args, device):
 # training
 
 
-def parse_train(doc, argv=None):
-    """Parse the flags of full.train and full.plan: train_min.py's and more."""
+def parse_train(doc, argv=None, more=None):
+    """Parse the flags of full.train and full.plan: train_min.py's and more. more: a function that adds others."""
     groups = dict(training=train_min.add_flags, model=add_model_flags, speed=add_speed_flags, machine=add_machine_flags)
     parser, own = parser_of(doc, **groups)
     flag = own.add_argument
@@ -210,6 +210,8 @@ def parse_train(doc, argv=None):
     )
     flag("--tensorboard", action="store_true", help="the figures of log.jsonl for TensorBoard too, if it is installed")
     flag("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
+    if more:
+        more(own)
     flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
     args = parse_flags(parser, argv)
     args.offload = args.offload or []
