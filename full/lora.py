@@ -184,7 +184,7 @@ def merge_checkpoint(model, path, manifest):
 
 def add_update(param, full):
     """Add a full tensor, equal on all ranks, to a parameter; if that is sharded, each rank adds its part."""
-    full = full.to(param.device)
-    if isinstance(param, DTensor):
-        full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
-    param.copy_(param + full)
+    if isinstance(param, DTensor):  # which may be in the host's memory
+        full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None).to_local()
+        param = param.to_local()
+    param.copy_(param + full.to(param.device))

@@ -21,6 +21,7 @@ def slice_mlps(model, count):
         block.forward = partial(single_block, block, count)
 
 
+@torch.compiler.disable  # compiled, a checkpoint in a checkpoint recomputes another graph
 def in_slices(function, count, *inputs):
     """Apply a function of tokens alone to slices of inputs [B, L, ..] -> [B, L, C]; backward recomputes one after another."""
     if torch.is_grad_enabled():
@@ -32,16 +33,16 @@ def single_block(block, count, x, vec, rope, attend, still=None):
     """Compute what SingleBlock.forward does, in another order: q, k, v and attention, then the MLP in slices."""
     (mod,) = block.modulation(vec, still)
     width, y = 3 * x.shape[2], modulate(layer_norm(x), mod)
+    q, k, v = split_qkv(rows_of(block.linear1, y, 0, width), block.num_heads)
+    qkv = torch.stack((rotate(block.q_norm(q), rope), rotate(block.k_norm(k), rope), v), 2)
+    del q, k, v
+    return x + mod.gate * in_slices(partial(single_mlp, block, width), count, y, attend(qkv))
 
-    def attention(y):
-        q, k, v = split_qkv(rows_of(block.linear1, y, 0, width), block.num_heads)
-        return attend(torch.stack((rotate(block.q_norm(q), rope), rotate(block.k_norm(k), rope), v), 2))
 
-    def mlp(y, out):
-        hidden = gelu(rows_of(block.linear1, y, width, block.linear1.out_features))
-        return block.linear2(torch.cat((out, hidden), 2))
-
-    return x + mod.gate * in_slices(mlp, count, y, attention(y))
+def single_mlp(block, width, y, out):
+    """Compute the second half of a single-stream block. y [B, L, C]: its modulated input; out [B, L, C]: of attention."""
+    hidden = gelu(rows_of(block.linear1, y, width, block.linear1.out_features))
+    return block.linear2(torch.cat((out, hidden), 2))
 
 
 def rows_of(linear, x, start, stop):

@@ -15,16 +15,19 @@ from full.infer import parse as parse_infer
 from full.lora import add_lora, layers_of
 from full.memory import check_host, cure, host_left, limit_memory
 from full.slices import slice_mlps
-from test_sp import CONFIG, close, draws, random_inputs, random_model
+from test_sp import CONFIG, close, draws, eager_compiler, random_inputs, random_model
 
 
-def trained(lora, count, checkpointing):
+def trained(lora, count, checkpointing, compiled=False):
     model, draw = random_model(CONFIG), draws(5)
     if lora:
         add_lora(model, 3, 6.0)
         for _, layer in layers_of(model):
             layer.lora_A.data, layer.lora_B.data = draw(layer.lora_A.shape) * 0.2, draw(layer.lora_B.shape) * 0.2
     slice_mlps(model, count)
+    if compiled:
+        with eager_compiler():
+            model.compile_blocks()
     out = model(**random_inputs(CONFIG, (3, 4, 6), [5, 2]), checkpointing=checkpointing)
     (out * draws(3)(out.shape)).sum().backward()
     return out, {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
@@ -34,12 +37,14 @@ def trained(lora, count, checkpointing):
 @pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
 def test_mlps_in_slices(lora, checkpointing):
     """Of sizes that do not divide: the output, and the gradient of every parameter, as without."""
-    truth, ours = trained(lora, 1, "none"), trained(lora, 5, checkpointing)
-    close(ours[0], truth[0])
-    assert ours[1].keys() == truth[1].keys()
-    for name, gradient in truth[1].items():
-        assert gradient.abs().max() > 1e-8, name
-        close(ours[1][name], gradient)
+    truth = trained(lora, 1, "none")
+    for compiled in (False, True):
+        ours = trained(lora, 5, checkpointing, compiled)
+        close(ours[0], truth[0])
+        assert ours[1].keys() == truth[1].keys()
+        for name, gradient in truth[1].items():
+            assert gradient.abs().max() > 1e-8, name
+            close(ours[1][name], gradient)
 
 
 def test_mlps_in_slices_keep_less():
