@@ -98,24 +98,22 @@ def encode_videos(pm, snapshot, facts, args):
 
 
 def report(entries, unused, results, args):
-    """Print what was made, and what a person should know of it before training: each kind of thing on a line."""
+    """Print what was made, and what a person should know of it before training."""
     out, outcomes = Path(args.output), [outcome for outcome, _ in results]
     made, replaced, there = (outcomes.count(kind) for kind in ("made", "replaced", "there"))
     older = f", {replaced} in place of older ones" * (replaced > 0)
     skipped = len(results) - made - replaced - there
     say(f"wrote {made + replaced} samples to {out}{older}, {there} were there, {skipped} skipped")
-    lines = {}  # {what is said: [of which files]}
+    sources = {Folder.EMPTY, *(f"{entry.name}.safetensors" for entry in entries)}
+    stale = [file for file in visible(out, "*.safetensors") if file.name not in sources]
+    said = {f"not in {args.videos} any more, but trained on if left": stale, "not used": unused}
     for entry, (_, notes) in zip(entries, results):
         for note in notes:
-            lines.setdefault(f"were read that are {note}", []).append(entry.file)
-    sources = {Folder.EMPTY, *(f"{entry.name}.safetensors" for entry in entries)}
-    lines[f"in {args.videos} are not used"] = unused
-    stale = [file for file in visible(out, "*.safetensors") if file.name not in sources]
-    lines[f"are samples whose source is not in {args.videos}: training would use them"] = stale
-    for text, files in lines.items():
+            said.setdefault(note, []).append(entry.file)
+    for note, files in said.items():
         if files:
             more = f" and {len(files) - 20} more" * (len(files) > 20)
-            say(f"{len(files)} {text}: {', '.join(map(str, files[:20]))}{more}")
+            say(f"{note} ({len(files)}): {', '.join(map(str, files[:20]))}{more}")
 
 
 def load_tools(tools, snapshot, pm):
@@ -146,7 +144,7 @@ def encode_one(entry, size, encoders, vae, made_by, args):
         frames = read_frames(entry.file, args, notes)
         if kind == "token_replace" and len(frames) == 1:
             raise ValueError("it is one frame, which a token_replace model is given: it learns those after it")
-        notes |= set() if entry.caption.strip() else {"without words in their caption"}
+        notes |= set() if entry.caption.strip() else {"with an empty caption"}
         first = frames[0] if kind else None
         sample = dict(latents=encode_frames(vae, frames)[0])
         sample |= dict(zip(("text", "pooled"), encoders(entry.caption, first)))

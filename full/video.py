@@ -8,7 +8,11 @@ import shlex
 import torch
 
 VIDEOS = tuple(".mp4 .mov .m4v .webm .mkv .avi .wmv .flv .mpg .mpeg .ts .mts .3gp .ogv".split())
-IMAGES = tuple(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif".split())
+IMAGES = tuple(".png .apng .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif".split())
+TO_SDR = (
+    "ffmpeg -i {} -vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,"
+    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p SDR.mp4 makes a copy that is not"
+)
 
 
 def read_image(file):
@@ -27,31 +31,35 @@ def read_frames(file, args, notes=None):
     Resized and cropped at the centre to --height x --width, or to the size of that area whose shape is nearest.
     notes: a set, to which is added what a person should know of the result. ValueError for what can't be read.
     """
+    from PIL import Image
+
     notes = set() if notes is None else notes
-    picture = is_picture(file)
+    picture = file.suffix.lower() in IMAGES
     source = images_of_picture(file) if picture else images_of_video(file, args.frames / 24, notes)
     frames, shown, size, until = [], None, None, 0.0
     with one_sentence(f"it is not {'an image' if picture else 'a video'} that can be read"):
         for start, end, image, pixel in source:
-            while shown and len(frames) / 24 < start - 1e-3 and len(frames) < args.frames:
-                frames.append(shown)
+            frames += [shown] * (min(args.frames, math.ceil((start - 1e-3) * 24)) - len(frames))
             if len(frames) == args.frames:
-                notes.add(f"of over {args.frames / 24:.1f} s: what follows is not used")
+                notes.add(f"longer than the {args.frames / 24:.2f} s that are used")
                 break
             if not size:
                 nearest = bucket(image.width * pixel, image.height, args.height * args.width)
                 size = (args.width, args.height) if args.no_buckets else nearest
             left, top, right, bottom = box = middle(image.size, size, pixel)
             if (right - left) * (bottom - top) < 0.95 * size[0] * size[1]:
-                notes.add("enlarged: smaller than their samples")
-            shown, until = image.resize(size, 1, box), end  # 1: Lanczos
-        while shown and len(frames) / 24 < until - 1e-3 and len(frames) < args.frames:
-            frames.append(shown)
+                notes.add("enlarged")
+            shown, until = image.resize(size, Image.Resampling.LANCZOS, box), end
+        frames += [shown] * (min(args.frames, math.ceil((until - 1e-3) * 24)) - len(frames))
     if not frames:
         raise ValueError("it has no frames")
     if len(frames) < 5 and not picture:
-        notes.add("of one frame: shorter than 5 at 24 a second")
+        notes.add("of one frame, being shorter than 5")
     return frames[: (len(frames) - 1) // 4 * 4 + 1]
+
+
+class Refused(ValueError):
+    """A sentence of ours, in which a library's has no part."""
 
 
 @contextlib.contextmanager
@@ -59,23 +67,10 @@ def one_sentence(what):
     """Make a ValueError of one sentence of whatever a library raises: SyntaxError, EOFError, struct.error, its own kinds."""
     try:
         yield
+    except Refused:
+        raise
     except Exception as error:
-        if type(error) is ValueError:
-            raise
         raise ValueError(f"{what}: {str(error) or type(error).__name__}") from None
-
-
-def is_picture(file):
-    """Return whether Pillow is to read a file: by its ending, or, if that is neither kind's, by its beginning."""
-    from PIL import Image
-
-    if file.suffix.lower() in VIDEOS + IMAGES:
-        return file.suffix.lower() in IMAGES
-    try:
-        with Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")):
-            return True
-    except Exception:  # PyAV says what is wrong with it
-        return False
 
 
 def images_of_picture(file):
@@ -84,7 +79,7 @@ def images_of_picture(file):
 
     with Image.open(file) as picture:
         if picture.mode[0] in "IF":
-            raise ValueError(f"{file} has 16 or 32 bits a channel (mode {picture.mode}): save it with 8")
+            raise Refused(f"{file} has 16 or 32 bits a channel (mode {picture.mode}): save it with 8")
         moves = picture.format in ("GIF", "PNG", "WEBP", "AVIF")  # others have pages, or a preview
         count, end = picture.n_frames if moves else 1, 0.0
         for n in range(1 if getattr(picture, "default_image", False) and count > 1 else 0, count):
@@ -117,7 +112,7 @@ def images_of_video(file, seconds, notes):
     with av.open(str(file), options=dict(protocol_whitelist="file")) as video:
         streams = [stream for stream in video.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams or video.format.name == "tty":  # which draws the letters of a text file
-            raise ValueError("it has no video")
+            raise Refused("it has no video")
         best = video.streams.best("video")
         stream = best if best in streams else streams[0]
         rate, pixel = float(stream.average_rate or stream.guessed_rate or 24), float(stream.sample_aspect_ratio or 1)
@@ -137,12 +132,12 @@ def images_of_video(file, seconds, notes):
                 if abs(rate / 24 - 1) <= 0.01:
                     times = (round(time * rate) / 24 for time in times)
                 if frame.color_trc == 16:
-                    raise ValueError(f"it is HDR (PQ) and would be too dark: {sdr_command(file)} makes a copy")
+                    raise Refused(f"it is HDR (PQ) and would be too dark: {TO_SDR.format(shlex.quote(str(file)))}")
                 notes |= {"HLG, read as SDR screens show it"} if frame.color_trc == 18 else set()
-                notes |= {"interlaced, and read as they are"} if frame.interlaced_frame else set()
+                notes |= {"interlaced"} if frame.interlaced_frame else set()
                 yield *times, image_of(frame), pixel if frame.rotation % 180 == 0 else 1 / pixel
         if reached < min(whole, (first or 0) + seconds) - max(0.1, 2 / rate):
-            raise ValueError(f"it is cut off: {reached:.2f} s of {whole:.2f} s are there")
+            raise Refused(f"it is cut off: {reached:.2f} s of {whole:.2f} s are there")
 
 
 def image_of(frame):
@@ -154,12 +149,6 @@ def image_of(frame):
     alpha = any(part.is_alpha for part in frame.format.components)
     image = Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24", **colours))
     return on_white(image).rotate(frame.rotation, expand=True)
-
-
-def sdr_command(file):
-    """Return how to make a copy of a PQ video for other screens."""
-    tonemap = "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,zscale=t=bt709:m=bt709:r=tv"
-    return f"ffmpeg -i {shlex.quote(str(file))} -vf {tonemap},format=yuv420p SDR.mp4"
 
 
 def middle(stored, size, pixel):
