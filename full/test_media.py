@@ -122,12 +122,8 @@ def test_an_animation(name, more, tmp_path):
         times = times[1:]
     first.save(tmp_path / name, save_all=True, append_images=rest, duration=times, **more)
     found = [round(level / 20) for level in levels(tmp_path / name)]
-    if "avif" in name:
-        assert abs(sum(found[:12]) - 20) <= 2 and found[-1] == 4  # its library rounds colours and times
-    elif name == "hidden.png":
-        assert found == [1] * 6 + [2] + [3] * 2 + [4] * 8
-    else:
-        assert found == [0] * 3 + [1] * 6 + [2] + [3] * 2 + [4] * 5
+    wanted = [1] * 6 + [2] + [3] * 3 + [4] * 7 if name == "hidden.png" else [0] * 3 + [1] * 6 + [2] + [3] * 2 + [4] * 5
+    assert found == wanted
 
 
 def test_a_picture_of_several_pages_is_one_picture(tmp_path):
@@ -187,8 +183,10 @@ def test_a_file_that_is_cut_off(name, part, tmp_path):
     file = video(tmp_path / name, moving, **dict(rate=24) | more)
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * part)])
+    # where FFmpeg itself stumbles over the last frame, or finds no head, the sentence is its own
+    said = r"it is cut off: [01]\.\d\d s of (2\.0|1\.9)"
     with pytest.raises(
-        ValueError, match=r"cut off: [01].\d\d s of (2.0|1.9)" if name[2:] in ("webm", "mkv", "flv", "avi") else ""
+        ValueError, match=said if "mp4" not in name else "it is not a video that can be read|it is cut off"
     ):
         read_frames(file, size(64, 64))
     if name in ("a.webm", "b.mkv", "a.flv", "a.avi", "first.mp4"):
@@ -475,6 +473,7 @@ def no_longer_than(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["png", "webp", "gif", "jpg", "tif", "bmp", "avif"])
 def test_damaged_pictures(kind, tmp_path):
     """Cut off or changed anywhere, a picture is read or is a ValueError of one sentence, with its name where it is --image."""
