@@ -124,7 +124,7 @@ def size_of(file):
     """Return what tells two files of one name apart: bytes, and a fingerprint of their beginnings; None if it can't be read."""
     try:
         return [file.stat().st_size, fingerprint([file], whole=0)] if file.is_file() else None
-    except OSError:
+    except (OSError, ValueError):  # encode_one says why: a name may be no UTF-8
         return None
 
 

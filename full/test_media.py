@@ -361,6 +361,26 @@ def test_hdr(ending, codec, tmp_path):
         read_frames(file, size(64, 96))
 
 
+def test_colours_that_the_head_of_the_file_alone_says(tmp_path):
+    """And not the stream: they count as well."""
+
+    def tag_late(stream, space, curve):
+        context = stream.codec_context
+        context.width, context.height, context.pix_fmt = 96, 64, "yuv420p10le"
+        context.options = {"x265-params": "log-level=none"}
+        context.open()
+        context.colorspace, context.color_trc, context.color_primaries = space, curve, space
+
+    values, more = plane_values(COLOUR, BT709), dict(pix="yuv420p10le", codec="libx265")
+    for ending in ("mkv", "mp4"):
+        file = yuv_video(tmp_path / f"a.{ending}", values, setup=lambda stream: tag_late(stream, 1, 1), **more)
+        seen = np.asarray(read_frames(file, size())[0])[8, 8]
+        assert np.abs(seen.astype(int) - COLOUR).max() <= 5, seen
+        file = yuv_video(tmp_path / f"b.{ending}", values, setup=lambda stream: tag_late(stream, 9, 16), **more)
+        with pytest.raises(ValueError, match="it is HDR"):
+            read_frames(file, size())
+
+
 def test_a_pyav_that_reads_colours_wrongly_is_refused(snapshot):
     with mock.patch.object(av, "__version__", "16.1.0"):
         for check in (check_encoder, lambda: Snapshot(snapshot)):
@@ -762,8 +782,9 @@ def test_a_folder_as_people_have_them(snapshot, tmp_path):
     ]
     fill(videos, table=rows)
     flags = f"--model {snapshot} --videos {videos} --output {out} --height 64 --width 96 --frames 9".split()
+    (videos / os.fsdecode(b"caf\xe9.mp4")).write_bytes(b"")  # a name of another encoding
     ((code, printed),) = fork("full.encode", *flags, out=tmp_path)
-    assert code == 0 and "wrote 5 samples" in printed and "0 were there, 6 skipped" in printed, printed
+    assert code == 0 and "wrote 5 samples" in printed and "0 were there, 7 skipped" in printed, printed
     samples = {}
     for file in out.glob("*.safetensors"):
         with full.encode.open_safetensors(file) as handle:
@@ -792,7 +813,7 @@ def test_a_folder_as_people_have_them(snapshot, tmp_path):
 
     (videos / "blank.mov").rename(videos / "named.mov")
     ((code, printed),) = fork("full.encode", *flags, out=tmp_path)
-    assert code == 0 and "wrote 0 samples" in printed and "4 were there, 7 skipped" in printed, printed
+    assert code == 0 and "wrote 0 samples" in printed and "4 were there, 8 skipped" in printed, printed
     assert re.search(
         r"^not in .*videos any more, but trained on if left \(1\): .*latents/blank.mov.safetensors$", printed, re.M
     )

@@ -9,6 +9,7 @@ import torch
 
 VIDEOS = tuple(".mp4 .mov .m4v .webm .mkv .avi .wmv .flv .mpg .mpeg .ts .mts .3gp .ogv".split())
 IMAGES = tuple(".png .apng .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif".split())
+UNTAGGED = dict(colorspace=2, color_trc=2, color_range=0)
 TO_SDR = (
     "ffmpeg -i {} -vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,"
     "zscale=t=bt709:m=bt709:r=tv,format=yuv420p SDR.mp4 makes a copy that is not"
@@ -53,7 +54,7 @@ def read_frames(file, args, notes=None):
         frames += [shown] * (min(args.frames, math.ceil((until - 1e-3) * 24)) - len(frames))
     if not frames:
         raise ValueError("it has no frames")
-    if len(frames) < 5 and not picture:
+    if len(frames) < min(5, args.frames) and not picture:
         notes.add("of one frame, being shorter than 5")
     return frames[: (len(frames) - 1) // 4 * 4 + 1]
 
@@ -119,6 +120,7 @@ def images_of_video(file, seconds, notes):
         whole = float(stream.duration * stream.time_base) if stream.duration else (video.duration or 0) / av.time_base
         if video.format.name == "avi":  # whose duration is a guess where its index is cut off
             whole = stream.frames / rate
+        head = {tag: getattr(stream.codec_context, tag) for tag in UNTAGGED}
         first, count, reached = None, 0, 0.0
         for packet in video.demux():
             stamp = packet.dts if packet.pts is None else packet.pts
@@ -131,6 +133,8 @@ def images_of_video(file, seconds, notes):
                 times = time - first, end - first
                 if abs(rate / 24 - 1) <= 0.01:
                     times = (round(time * rate) / 24 for time in times)
+                for tag in (tag for tag, unset in UNTAGGED.items() if getattr(frame, tag) == unset):
+                    setattr(frame, tag, head[tag])
                 if frame.color_trc == 16:
                     raise Refused(f"it is HDR (PQ) and would be too dark: {TO_SDR.format(shlex.quote(str(file)))}")
                 notes |= {"HLG, read as SDR screens show it"} if frame.color_trc == 18 else set()
