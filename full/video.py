@@ -32,25 +32,24 @@ def read_frames(file, args, notes=None):
     Resized and cropped at the centre to --height x --width, or to the size of that area whose shape is nearest.
     notes: a set, to which is added what a person should know of the result. ValueError for what can't be read.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     notes = set() if notes is None else notes
     picture = file.suffix.lower() in IMAGES
     source = images_of_picture(file) if picture else images_of_video(file, args.frames / 24, notes)
     frames, shown, size, until = [], None, None, 0.0
     with one_sentence(f"it is not {'an image' if picture else 'a video'} that can be read"):
-        for start, end, image, pixel in source:
+        for start, end, image in source:
             frames += [shown] * (min(args.frames, math.ceil((start - 1e-3) * 24)) - len(frames))
             if len(frames) == args.frames:
                 notes.add(f"longer than the {args.frames / 24:.2f} s that are used")
                 break
             if not size:
-                nearest = bucket(image.width * pixel, image.height, args.height * args.width)
+                nearest = bucket(*image.size, args.height * args.width)
                 size = (args.width, args.height) if args.no_buckets else nearest
-            left, top, right, bottom = box = middle(image.size, size, pixel)
-            if (right - left) * (bottom - top) < 0.95 * size[0] * size[1]:
+            if max(size[0] / image.width, size[1] / image.height) > 1.02:
                 notes.add("enlarged")
-            shown, until = image.resize(size, Image.Resampling.LANCZOS, box), end
+            shown, until = ImageOps.fit(image, size, Image.Resampling.LANCZOS), end
         frames += [shown] * (min(args.frames, math.ceil((until - 1e-3) * 24)) - len(frames))
     if not frames:
         raise ValueError("it has no frames")
@@ -75,7 +74,7 @@ def one_sentence(what):
 
 
 def images_of_picture(file):
-    """Yield (start, end, RGB image, 1.0) of a picture, or of each one of an animation, in seconds."""
+    """Yield (start, end, RGB image) of a picture, or of each one of an animation, in seconds."""
     from PIL import Image, ImageOps
 
     with Image.open(file) as picture:
@@ -88,7 +87,7 @@ def images_of_picture(file):
             image = on_white(ImageOps.exif_transpose(picture))  # a phone's picture lies on its side
             lasts = picture.info.get("duration", 0) / 1000 if count > 1 else 1 / 24
             start, end = end, end + (lasts if lasts > 0.01 else 0.1)  # as browsers do
-            yield start, end, image, 1.0
+            yield start, end, image
 
 
 def on_white(image):
@@ -102,7 +101,7 @@ def on_white(image):
 
 
 def images_of_video(file, seconds, notes):
-    """Yield (start, end, RGB image, width / height of its pixels) of each frame of a video, in seconds from the first one.
+    """Yield (start, end, RGB image) of each frame of a video, in seconds from the first one.
 
     Rates within 1 % of 24 a second are taken as 24. ValueError if the file ends before its head says, within the `seconds`
     that are used, and for HDR that was not made to look right on other screens.
@@ -110,7 +109,7 @@ def images_of_video(file, seconds, notes):
     import av
     from av.stream import Disposition
 
-    with av.open(str(file), options=dict(protocol_whitelist="file")) as video:
+    with av.open(str(file)) as video:
         streams = [stream for stream in video.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams or video.format.name == "tty":  # which draws the letters of a text file
             raise Refused("it has no video")
@@ -123,9 +122,8 @@ def images_of_video(file, seconds, notes):
         head = {tag: getattr(stream.codec_context, tag) for tag in UNTAGGED}
         first, count, reached = None, 0, 0.0
         for packet in video.demux():
-            stamp = packet.dts if packet.pts is None else packet.pts
-            if stamp is not None and (packet.stream is stream or not stream.duration):
-                reached = max(reached, float((stamp + (packet.duration or 0)) * packet.time_base))
+            if packet.pts is not None and (packet.stream is stream or not stream.duration):
+                reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             for frame in packet.decode() if packet.stream is stream else ():
                 time = count / rate if frame.time is None else frame.time
                 first, count = time if first is None else first, count + 1
@@ -139,28 +137,25 @@ def images_of_video(file, seconds, notes):
                     raise Refused(f"it is HDR (PQ) and would be too dark: {TO_SDR.format(shlex.quote(str(file)))}")
                 notes |= {"HLG, read as SDR screens show it"} if frame.color_trc == 18 else set()
                 notes |= {"interlaced"} if frame.interlaced_frame else set()
-                yield *times, image_of(frame), pixel if frame.rotation % 180 == 0 else 1 / pixel
+                yield *times, image_of(frame, pixel)
         if reached < min(whole, (first or 0) + seconds) - max(0.1, 2 / rate):
             raise Refused(f"it is cut off: {reached:.2f} s of {whole:.2f} s are there")
 
 
-def image_of(frame):
-    """Return a frame as an RGB image, upright. Without a tag its colours are BT.709's from 720 lines on, as players do."""
+def image_of(frame, pixel):
+    """Return a frame as an RGB image, upright. pixel: width / height of its pixels, which become square.
+
+    Without a tag its colours are BT.709's from 720 lines on, and BT.601's below, as players do.
+    """
     from PIL import Image
 
     untagged = frame.colorspace in (2, 3) and not frame.format.is_rgb
     colours = dict(src_colorspace="ITU709" if frame.height >= 720 else "ITU601") if untagged else {}
     alpha = any(part.is_alpha for part in frame.format.components)
-    image = Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24", **colours))
-    return on_white(image).rotate(frame.rotation, expand=True)
-
-
-def middle(stored, size, pixel):
-    """Return the box of the middle of an image that has the shape of `size`. pixel: width / height of one of its pixels."""
-    shape = size[0] / size[1] / pixel
-    width, height = min(stored[0], stored[1] * shape), min(stored[1], stored[0] / shape)
-    left, top = (stored[0] - width) / 2, (stored[1] - height) / 2
-    return left, top, left + width, top + height
+    image = on_white(Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24", **colours)))
+    if pixel != 1:
+        image = image.resize((round(frame.width * pixel), frame.height), Image.Resampling.LANCZOS)
+    return image.rotate(frame.rotation, expand=True)
 
 
 def bucket(width, height, area):
