@@ -234,10 +234,10 @@ def test_words_under_a_video_do_not_make_it_whole(tmp_path):
 # shapes
 
 
-def disc(pixel, height=96, width=96):
+def disc(pixel, height=288, width=288):
     """A disc that is round where a pixel is `pixel` times as wide as high."""
     y, x = np.mgrid[:height, :width]
-    inside = (y - height / 2) ** 2 + ((x - width / 2) * pixel) ** 2 < 20**2
+    inside = (y - height / 2) ** 2 + ((x - width / 2) * pixel) ** 2 < 60**2
     return np.where(inside[..., None], 230, 20).astype(np.uint8).repeat(3, 2)
 
 
