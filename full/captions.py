@@ -95,7 +95,7 @@ def caption_of(file, lines):
     if not found:
         raise ValueError(f"there is no {text.name}, and no line for it in captions.jsonl")
     where, caption = found[0]
-    if len(lines) > 1 or found[-1][1] != caption:
+    if any(other != caption for _, other in found):
         several = ", ".join(f"{json.dumps(caption)[:60]} in {where}" for where, caption in found)
         raise ValueError(f"it has {len(found)} captions: {several}")
     if not isinstance(caption, str) or re.search("[\ud800-\udfff]", caption):  # half a surrogate pair

@@ -573,6 +573,34 @@ def test_what_is_no_video(name, data, tmp_path):
         read_frames(tmp_path / name, size())
 
 
+def test_a_phone_s_picture_is_not_read_by_its_tiles(tmp_path):
+    """HEIC: each of its tiles is a video stream."""
+    data = video(tmp_path / "a.mp4", numbered(5)).read_bytes()
+    (tmp_path / "a.heic").write_bytes(data.replace(b"ftypisom", b"ftypheic", 1))
+    assert data[4:12] == b"ftypisom"
+    with pytest.raises(ValueError, match="it is a HEIC picture, of which one tile would be read: save it as .jpg"):
+        read_frames(tmp_path / "a.heic", size())
+
+
+@pytest.mark.parametrize(
+    "mode, seen", [("CMYK", (200, 60, 30)), ("L", (90, 90, 90)), ("1", (255, 255, 255)), ("P", (204, 51, 0))]
+)
+def test_kinds_of_pictures(mode, seen, tmp_path):
+    """Are RGB, and upright."""
+    picture = Image.new("RGB", (32, 16), seen).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a phone's, held upright
+    name = tmp_path / ("a.jpg" if mode in ("CMYK", "L") else "a.png")
+    picture.save(name, exif=exif)
+    image = read_image(name)
+    assert (image.mode, image.size) == ("RGB", (16, 32))
+    assert max(abs(x - y) for x, y in zip(image.getpixel((8, 8)), seen)) <= 3
+    Image.new("I;16", (16, 16)).save(tmp_path / "deep.png")
+    for read in (read_image, lambda file: read_frames(file, size())):
+        with pytest.raises(ValueError, match="deep.png has 16 or 32 bits a channel"):
+            read(tmp_path / "deep.png")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # what is in a folder
 
@@ -660,13 +688,16 @@ def test_two_captions_of_one_file(tmp_path):
         row("b.mp4", "line"),
         row("d.mp4", "same"),
     ]
-    fill(tmp_path, "a.mp4", "b.mp4", "c.mp4", "d.mp4", table=table, b="text", d="same\n")
+    table += [row("c.mp4", "c"), row("a.mp4", "first"), row("e.mp4", None), row("e.mp4", "e")]
+    fill(tmp_path, *(f"{name}.mp4" for name in "abcde"), table=table, b="text", d="same\n")
     found, _ = listed(tmp_path)
+    lines = [f"in line {n} of captions.jsonl" for n in range(10)]
     assert found == {
-        "a.mp4": ['it has 2 captions: "first" in line 1 of captions.jsonl, "second" in line 3 of captions.jsonl'],
-        "b.mp4": ['it has 2 captions: "line" in line 4 of captions.jsonl, "text" in b.txt'],
+        "a.mp4": [f'it has 3 captions: "first" {lines[1]}, "second" {lines[3]}, "first" {lines[7]}'],
+        "b.mp4": [f'it has 2 captions: "line" {lines[4]}, "text" in b.txt'],
         "c.mp4": "c",
         "d.mp4": "same",
+        "e.mp4": [f'it has 2 captions: null {lines[8]}, "e" {lines[9]}'],
     }
 
 
@@ -734,6 +765,20 @@ def test_what_can_not_be_read_is_named_and_the_rest_is_made(tmp_path):
     assert "c.txt is not a text file" in found.pop("c.mp4")[0] and found.pop("d.mp4") == ["d.txt is not a regular file"]
     assert found == {name: ["it is not a regular file"] for name in ("captions.jsonl", "e.mp4", "f", "zero.mp4")}
     assert unused == ["g.pipe"]
+
+
+def test_a_folder_that_can_not_be_opened(tmp_path):
+    """Is named, and the rest is read."""
+    fill(tmp_path, "a.mp4", "closed/b.mp4", a="a")
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with mock.patch.object(os, "scandir", closed):
+        assert listed(tmp_path) == ({"a.mp4": "a"}, ["closed"])
 
 
 def test_names_of_samples():

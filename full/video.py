@@ -113,6 +113,8 @@ def images_of_video(file, seconds, notes):
         streams = [stream for stream in video.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams or video.format.name == "tty":  # which draws the letters of a text file
             raise Refused("it has no video")
+        if video.metadata.get("major_brand") in ("heic", "heix", "mif1", "msf1"):
+            raise Refused("it is a HEIC picture, of which one tile would be read: save it as .jpg")
         best = video.streams.best("video")
         stream = best if best in streams else streams[0]
         rate, pixel = float(stream.average_rate or stream.guessed_rate or 24), float(stream.sample_aspect_ratio or 1)
