@@ -8,6 +8,7 @@ import re
 import signal
 import struct
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -371,8 +372,10 @@ def test_colours(weights, more, ending, tmp_path):
 
 def test_colours_that_are_rgb_have_no_matrix(tmp_path):
     assert levels(video(tmp_path / "a.mp4", [flat(80, 720, 16)] * 5)) == [40] * 5
-    file = video(tmp_path / "a.mov", [flat((200, 60, 30), 720, 16)] * 5, codec="png")
-    assert tuple(np.asarray(read_frames(file, size())[0])[8, 8]) == (200, 60, 30)
+    for codec, pix in (("png", "rgb24"), ("png", "rgba"), ("qtrle", "argb")):
+        frame = av.VideoFrame.from_ndarray(flat((200, 60, 30), 720, 16), format="rgb24").reformat(format=pix)
+        file = video(tmp_path / f"{codec}-{pix}.mov", [frame], codec=codec, pix=pix)
+        assert tuple(np.asarray(read_frames(file, size())[0])[8, 8]) == (200, 60, 30), codec
 
 
 @pytest.mark.parametrize("ending, codec", [("mp4", "libx265"), ("mkv", "libx265")])
@@ -485,8 +488,25 @@ def test_what_a_person_should_know(tmp_path):
     assert notes_of(tmp_path / "a.mp4", size(128, 192)) == {"enlarged"}
     assert notes_of(tmp_path / "a.mp4", size(64, 96, frames=9)) == {"longer than the 0.38 s that are used"}
     assert notes_of(video(tmp_path / "b.mp4", moving[:4]), size(64, 96)) == {"of one frame, being shorter than 5"}
+    assert notes_of(tmp_path / "b.mp4", size(64, 96, frames=1)) == {"longer than the 0.04 s that are used"}
     Image.fromarray(moving[0]).save(tmp_path / "a.png")
     assert notes_of(tmp_path / "a.png", size(64, 96)) == set()
+
+
+def test_what_is_said_of_many_files(tmp_path, capsys):
+    """Their number, and the first 20."""
+    entries = [Entry(Path(f"v/{n}.mp4"), f"{n}.mp4", "x") for n in range(30)]
+    results = [("made", ["interlaced"] if n % 2 else ["enlarged", "interlaced"]) for n in range(30)]
+    for name in ("0.mp4", "7.mp4", "older", Folder.EMPTY.removesuffix(".safetensors")):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    full.encode.report(entries, [Path("v/a.pdf")], results, SimpleNamespace(output=tmp_path, videos="v"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"wrote 30 samples to {tmp_path}, 0 were there, 0 skipped",
+        f"not in v any more, but trained on if left (1): {tmp_path}/older.safetensors",
+        "not used (1): v/a.pdf",
+        "enlarged (15): " + ", ".join(f"v/{n}.mp4" for n in range(0, 30, 2)),
+        "interlaced (30): " + ", ".join(f"v/{n}.mp4" for n in range(20)) + " and 10 more",
+    ]
 
 
 def test_one_frame_is_nothing_for_token_replace(tmp_path):
@@ -781,6 +801,16 @@ def test_a_folder_that_can_not_be_opened(tmp_path):
         assert listed(tmp_path) == ({"a.mp4": "a"}, ["closed"])
 
 
+def test_a_file_with_a_problem_is_not_touched(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    entry = Entry(tmp_path / "a.mp4", "a.mp4", problem="it is not a regular file")
+    (tmp_path / "a.mp4.safetensors").write_bytes(b"older")
+    with no_longer_than(20):
+        outcome, _ = encode_one(entry, None, None, None, dict(kind=None), SimpleNamespace(output=tmp_path))
+    target = tmp_path / "a.mp4.safetensors"
+    assert outcome == f"skipping {entry.file}: it is not a regular file ({target}, made before, stays)"
+
+
 def test_names_of_samples():
     """A flat folder's are what they were; no two paths have the same; none is hidden or the empty prompt's."""
     for name in ("clip.mp4", "a b.mov", "50%.png", "größe 猫.mp4", "a-clip.mp4", "100%25.gif", "x" * 200):
@@ -809,6 +839,8 @@ def test_a_folder_that_holds_nothing(tmp_path):
         videos_and_captions(tmp_path)
     with pytest.raises(ValueError, match="none is not a folder"):
         videos_and_captions(tmp_path / "none")
+    fill(tmp_path, table=[b"no JSON"])  # which is worth saying
+    assert [*listed(tmp_path)[0]] == ["captions.jsonl, line 1"]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -129,8 +129,7 @@ def images_of_video(file, seconds, notes):
             for frame in packet.decode() if packet.stream is stream else ():
                 time = count / rate if frame.time is None else frame.time
                 first, count = time if first is None else first, count + 1
-                end = time + (float(frame.duration * frame.time_base) if frame.duration else 1 / rate)
-                times = time - first, end - first
+                times = time - first, time - first + 1 / rate
                 if abs(rate / 24 - 1) <= 0.01:
                     times = (round(time * rate) / 24 for time in times)
                 for tag in (tag for tag, unset in UNTAGGED.items() if getattr(frame, tag) == unset):
@@ -151,7 +150,7 @@ def image_of(frame, pixel):
     """
     from PIL import Image
 
-    untagged = frame.colorspace in (2, 3) and not frame.format.is_rgb
+    untagged = frame.colorspace in (2, 3)
     colours = dict(src_colorspace="ITU709" if frame.height >= 720 else "ITU601") if untagged else {}
     alpha = any(part.is_alpha for part in frame.format.components)
     image = on_white(Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24", **colours)))
