@@ -200,16 +200,16 @@ def test_the_part_that_is_used_may_be_all_that_is_there(tmp_path):
         tmp_path / "a.mkv", moving, setup=lambda stream: setattr(stream.codec_context, "max_b_frames", 0)
     ).read_bytes()
     counts = set()
-    for part in range(30, 60):
+    for part in range(30, 50):
         (tmp_path / "a.mkv").write_bytes(data[: len(data) * part // 100])
         with av.open(str(tmp_path / "a.mkv")) as there:
             count = len([*there.decode(video=0)])
-        if count % 4 == 1 and count not in counts:
+        if count not in counts:
             counts.add(count)
-            assert len(read_frames(tmp_path / "a.mkv", size(64, 64, frames=count))) == count
+            assert len(read_frames(tmp_path / "a.mkv", size(64, 64, frames=count))) == (count - 1) // 4 * 4 + 1
             with pytest.raises(ValueError, match="cut off"):
-                read_frames(tmp_path / "a.mkv", size(64, 64, frames=count + 4))
-    assert counts
+                read_frames(tmp_path / "a.mkv", size(64, 64, frames=count + 1))
+    assert len(counts) > 3
 
 
 def test_words_under_a_video_do_not_make_it_whole(tmp_path):

@@ -11,8 +11,7 @@ VIDEOS = tuple(".mp4 .mov .m4v .webm .mkv .avi .wmv .flv .mpg .mpeg .ts .mts .3g
 IMAGES = tuple(".png .apng .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif".split())
 UNTAGGED = dict(colorspace=2, color_trc=2, color_range=0)
 TO_SDR = (
-    "ffmpeg -i {} -vf zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,"
-    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p SDR.mp4 makes a copy that is not"
+    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
 )
 
 
@@ -135,11 +134,12 @@ def images_of_video(file, seconds, notes):
                 for tag in (tag for tag, unset in UNTAGGED.items() if getattr(frame, tag) == unset):
                     setattr(frame, tag, head[tag])
                 if frame.color_trc == 16:
-                    raise Refused(f"it is HDR (PQ) and would be too dark: {TO_SDR.format(shlex.quote(str(file)))}")
+                    cure = f"ffmpeg -i {shlex.quote(str(file))} -vf {TO_SDR} SDR.mp4"
+                    raise Refused(f"it is HDR (PQ), which would be too dark. A copy to use in its place: {cure}")
                 notes |= {"HLG, read as SDR screens show it"} if frame.color_trc == 18 else set()
                 notes |= {"interlaced"} if frame.interlaced_frame else set()
                 yield *times, image_of(frame, pixel)
-        if reached < min(whole, (first or 0) + seconds) - max(0.1, 2 / rate):
+        if reached < min(whole - max(0.1, 2 / rate), (first or 0) + seconds - 0.5 / rate):
             raise Refused(f"it is cut off: {reached:.2f} s of {whole:.2f} s are there")
 
 
