@@ -46,7 +46,7 @@ def videos_and_captions(folder):
 
 
 def walk(folder):
-    """Return {file} of a folder and its subfolders, without hidden ones, and [folders not walked: links, unreadable ones]."""
+    """Return {file} of a folder and its subfolders, without hidden ones, and the [folders] not entered: links, closed ones."""
     files, links, errors = set(), [], []
     for place, folders, names in os.walk(folder, onerror=errors.append):
         folders[:] = [name for name in folders if name[0] != "."]
@@ -56,7 +56,7 @@ def walk(folder):
 
 
 def lines_of_table(folder):
-    """Return {file: [(line number, its caption)]} of captions.jsonl, and [Entry] of the lines that name no file in the folder."""
+    """Return {file: [(line number, its caption)]} of captions.jsonl, and [Entry] of lines that name no file in the folder."""
     table, lines, refused = folder / "captions.jsonl", {}, []
     try:
         if table.exists() and not table.is_file():
@@ -104,9 +104,9 @@ def caption_of(file, lines):
 
 
 def sample_name(path):
-    """Return what to call the sample of a file, by its path in the folder: as in an address, a/b is a%2Fb; no two are the same.
+    """Return what to call the sample of a file, by its path in the folder: a%2Fb for a/b, as in an address.
 
-    ValueError for a name that can't be written.
+    No two paths give the same name. ValueError for one that can't be written.
     """
     name = re.sub("%(?=(25)*2[EF])", "%25", path).replace(os.sep, "%2F")
     name = re.sub(r"^\.", "%2E", name)  # a hidden sample would not be trained on

@@ -3,9 +3,9 @@
     $ torchrun --nproc_per_node=2 -m full.encode --model SNAPSHOT --videos videos/ --output latents/
     $ python -m full.encode --model SNAPSHOT --prompts prompts.txt --output embeds/    # what --embeds takes
 
-The ranks take turns at the files. A sample is written whole or not at all; one that exists, made by the same flags of the same
-file, is not made again. What can't be read, is not used, or is read in a way worth knowing, is named and counted. Needs the
-extra [pipeline].
+The ranks take turns at the files. A sample is written whole or not at all; one that exists, made by the same flags of the
+same file, is not made again. What can't be read, is not used, or is read in a way worth knowing, is named and counted.
+Needs the extra [pipeline].
 """
 
 import json
@@ -121,7 +121,7 @@ def load_tools(tools, snapshot, pm):
 
 
 def size_of(file):
-    """Return what tells two files of one name apart: bytes, and a fingerprint of their beginnings; None if it can't be read."""
+    """Return what tells two files of one name apart: bytes, a fingerprint of their beginnings; None if it can't be read."""
     try:
         return [file.stat().st_size, fingerprint([file], whole=0)] if file.is_file() else None
     except (OSError, ValueError):  # encode_one says why: a name may be no UTF-8
@@ -129,7 +129,10 @@ def size_of(file):
 
 
 def encode_one(entry, size, encoders, vae, made_by, args):
-    """Write a file's sample; return ("made", "replaced", "there", or why it is skipped; notes). size: what rank 0 sees of it."""
+    """Write a file's sample; return ("made", "replaced", "there" or why it is skipped, notes).
+
+    size: size_of it on rank 0. notes: what a person should know, as read_frames says it.
+    """
     target = Path(args.output) / f"{entry.name}.safetensors"
     older, kind, notes = target.exists(), made_by["kind"], set()
     try:

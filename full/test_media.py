@@ -1,4 +1,4 @@
-"""Videos, pictures and captions as people have them, made here by FFmpeg's own encoders: pixels and times are what counts."""
+"""Videos, pictures and captions as people have them, made by FFmpeg's own encoders: pixels and times count."""
 
 import contextlib
 import json
@@ -356,7 +356,8 @@ COLOUR = (200, 60, 30)
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])
 @pytest.mark.parametrize("weights, more", [
     (BT601, {}), (BT601, dict(height=718)), (BT709, dict(height=720)), (BT709, dict(height=1080)),
-    (BT709, dict(tag=1)), (BT601, dict(tag=6)), (BT601, dict(tag=5)), (BT601, dict(tag=6, height=720)), (BT709, dict(tag=1, height=720)),
+    (BT709, dict(tag=1)), (BT601, dict(tag=6)), (BT601, dict(tag=5)),
+    (BT601, dict(tag=6, height=720)), (BT709, dict(tag=1, height=720)),
     (BT601, dict(full=True, tag=6)), (BT709, dict(full=True, tag=1)), (BT601, dict(full=True, pix="yuvj420p")),
     (BT709, dict(full=True, height=720)), (BT709, dict(pix="yuv444p", height=720)),
     (BT709, dict(tag=1, pix="yuv420p10le", codec="libx265")), (BT2020, dict(tag=9, pix="yuv420p10le", codec="libx265")),
@@ -543,7 +544,7 @@ def no_longer_than(seconds):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["png", "webp", "gif", "jpg", "tif", "bmp", "avif"])
 def test_damaged_pictures(kind, tmp_path):
-    """Cut off or changed anywhere, a picture is read or is a ValueError of one sentence, with its name where it is --image."""
+    """Cut off or changed anywhere, a picture is read or is a ValueError of one sentence; --image's has its name."""
     noise = Image.fromarray(np.random.RandomState(0).randint(0, 255, (90, 90, 3), dtype=np.uint8))
     file, refused = tmp_path / f"a.{kind}", 0
     noise.save(file, **(dict(save_all=True, append_images=[noise.rotate(90)]) if kind in ("gif", "webp") else {}))
@@ -563,8 +564,9 @@ def test_damaged_pictures(kind, tmp_path):
 
 
 @pytest.mark.parametrize("error", [
-    SyntaxError("broken PNG file"), struct.error("unpack"), EOFError(), Image.DecompressionBombError("large"), ZeroDivisionError("x"),
-    OSError("truncated"), KeyError("tag"), ValueError("Truncated IHDR chunk"), NotImplementedError(), av.error.InvalidDataError(1, "x"),
+    SyntaxError("broken PNG file"), struct.error("unpack"), EOFError(), Image.DecompressionBombError("large"),
+    ZeroDivisionError("x"), OSError("truncated"), KeyError("tag"), ValueError("Truncated IHDR chunk"), NotImplementedError(),
+    av.error.InvalidDataError(1, "x"),
 ], ids=lambda error: type(error).__name__)  # fmt: skip
 def test_whatever_a_library_raises(error, tmp_path):
     """Skips that file, with a sentence."""
@@ -754,7 +756,8 @@ def test_what_is_tried_and_what_is_not_used(tmp_path):
         found, unused = listed(tmp_path)
     assert found == {
         "A.MOV": ["there is no A.txt, and no line for it in captions.jsonl"],
-        "a.mp4": "a", "b.avi": "b", "e": "e", "f.xyz": "f", "g.bmp": "g", "sub/d.gif": "d", "sub/deep/c.m4v": "c", "dir.mp4/x.mp4": "x",
+        "a.mp4": "a", "b.avi": "b", "e": "e", "f.xyz": "f", "g.bmp": "g", "sub/d.gif": "d", "sub/deep/c.m4v": "c",
+        "dir.mp4/x.mp4": "x",
         "n.mp4": ["there is no n.txt, and no line for it in captions.jsonl"],
         "gone.mp4": ["there is no such file"],
         "sub": ["it is not a regular file"],
@@ -904,13 +907,24 @@ def test_a_folder_as_people_have_them(snapshot, tmp_path):
         3,
     ]
     assert (samples["a%2Fclip.mp4"][1] - samples["b%2Fclip.mp4"][1]).abs().max() > 1e-3
-    for said in ("captions.jsonl, line 5: ../x.mp4 is not in", "empty.mp4: it is not a video", "pipe.mp4: it is not a regular file",
-                 "latin.mp4: .*latin.txt is not a text file", "cut.mkv: it is cut off: 0...", "number.mp4: its caption in line 4 .* is 7"):  # fmt: skip
+    skipped = [
+        "captions.jsonl, line 5: ../x.mp4 is not in",
+        "empty.mp4: it is not a video",
+        "pipe.mp4: it is not a regular file",
+        "latin.mp4: .*latin.txt is not a text file",
+        "cut.mkv: it is cut off: 0...",
+        "number.mp4: its caption in line 4 .* is 7",
+        "caf.udce9.mp4: 'utf-8' codec",
+    ]
+    for said in skipped:
         assert re.search(f"skipping .*{said}", printed), (said, printed)
     known = [
-        r"^not used \(1\): .*notes.pdf$", r"^with an empty caption \(1\): .*blank.mov$", r"^enlarged \(1\): .*small.avi$",
-        r"^longer than the 0.38 s that are used \(1\): .*moves.gif$", r"^of one frame, being shorter than 5 \(1\): .*small.avi$",
-    ]  # fmt: skip
+        r"^not used \(1\): .*notes.pdf$",
+        r"^with an empty caption \(1\): .*blank.mov$",
+        r"^enlarged \(1\): .*small.avi$",
+        r"^longer than the 0.38 s that are used \(1\): .*moves.gif$",
+        r"^of one frame, being shorter than 5 \(1\): .*small.avi$",
+    ]
     assert all(re.search(line, printed, re.M) for line in known) and "any more" not in printed, printed
     Folder(Snapshot(snapshot).config, out)
 
