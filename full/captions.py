@@ -46,7 +46,7 @@ def videos_and_captions(folder):
 
 
 def walk(folder):
-    """Return {file} of a folder and its subfolders, without hidden ones, and the [folders] not entered: links, closed ones."""
+    """Return {file} of a folder and its subfolders, hidden ones aside, and the [folders] not entered: links, closed ones."""
     files, links, errors = set(), [], []
     for place, folders, names in os.walk(folder, onerror=errors.append):
         folders[:] = [name for name in folders if name[0] != "."]
@@ -56,7 +56,7 @@ def walk(folder):
 
 
 def lines_of_table(folder):
-    """Return {file: [(line number, its caption)]} of captions.jsonl, and [Entry] of lines that name no file in the folder."""
+    """Return {file: [(line number, its caption)]} of captions.jsonl, and [Entry] of lines that name no file in it."""
     table, lines, refused = folder / "captions.jsonl", {}, []
     try:
         if table.exists() and not table.is_file():

@@ -108,7 +108,7 @@ def test_frames_of_a_varying_rate(ending, tmp_path):
 
 def test_frames_without_times(tmp_path):
     """A raw stream has none: they are counted."""
-    assert levels(video(tmp_path / "a.h264", numbered(9), 25)) == [*range(9)][: len(levels(tmp_path / "a.h264"))]
+    assert levels(video(tmp_path / "a.h264", numbered(9), 25)) == [*range(9)]
 
 
 @pytest.mark.parametrize("name, more", [
@@ -265,8 +265,8 @@ def test_frames_of_one_size(tmp_path):
     parts = [video(tmp_path / f"{n}.ts", [flat(90, *shape)] * 6, codec="mpeg2video", pix="yuv420p").read_bytes()
              for n, shape in enumerate([(64, 96), (96, 64)])]  # fmt: skip
     (tmp_path / "a.ts").write_bytes(b"".join(parts))
-    with contextlib.suppress(ValueError):
-        assert len({frame.size for frame in read_frames(tmp_path / "a.ts", size(64, 96))}) == 1
+    frames = read_frames(tmp_path / "a.ts", size(64, 96))
+    assert len(frames) > 8 and {frame.size for frame in frames} == {(96, 64)}
 
 
 def with_cover(file, cover_first=True, real=True):
