@@ -3,8 +3,9 @@
     $ torchrun --nproc_per_node=2 -m full.encode --model SNAPSHOT --videos videos/ --output latents/
     $ python -m full.encode --model SNAPSHOT --prompts prompts.txt --output embeds/    # what --embeds takes
 
-The ranks take turns at the files. A sample is written whole or not at all; one that exists, made by the same flags of the same
-file, is not made again. What can't be read is named, skipped and counted. Needs the extra [pipeline].
+The ranks take turns at the files. A sample is written whole or not at all; one that exists, made by the same flags of the
+same file, is not made again. What can't be read, is not used, or is read in a way worth knowing, is named and counted.
+Needs the extra [pipeline].
 """
 
 import json
@@ -14,16 +15,17 @@ from pathlib import Path
 
 from full import faults
 from full.after import next_command
+from full.captions import videos_and_captions
 from full.claim import claim
 from full.clips import lines_of
-from full.files import checksum, fingerprint, read_utf8, save_tensors, was_made_by
+from full.files import checksum, fingerprint, open_safetensors, save_tensors, visible, was_made_by
 from full.flags import add_machine_flags, check_range, check_together, parse_flags, parser_of
 from full.folder import Folder
 from full.hub import find_model
 from full.screen import printed_time, say
 from full.snapshot import ENCODERS, PARTS, Snapshot, TextEncoders, of_library, template_of
 from full.vae import encode_frames
-from full.video import IMAGES, VIDEOS, read_frames, read_image
+from full.video import read_frames, read_image
 
 
 def parse(argv=None):
@@ -68,7 +70,9 @@ def encode_videos(pm, snapshot, facts, args):
     facts: the snapshot's.
     """
     out, began = Path(args.output), time.perf_counter()
-    found = faults.on_main(lambda: [(*pair, size_of(pair[0])) for pair in videos_and_captions(Path(args.videos))])
+    entries, unused = faults.on_main(lambda: videos_and_captions(Path(args.videos)))
+    sizes = faults.on_main(lambda: [size_of(entry.file) for entry in entries])
+    found = list(zip(entries, sizes))
     tools = []
     if pm.is_main:
         say(f"loading the encoders of {args.model}")
@@ -81,27 +85,43 @@ def encode_videos(pm, snapshot, facts, args):
         empty = dict(zip(("text", "pooled"), encoders(""))) if pm.is_main else {}
         faults.on_main(lambda: save_tensors(out / Folder.EMPTY, empty))
 
-    results = []
+    results = []  # (what became of an entry, notes)
     for n in range(0, len(found), pm.world_size):
         mine = found[n : n + pm.world_size][pm.rank :][:1]
         work = partial(encode_one, *mine[0], encoders, vae, made_by, args) if mine else lambda: None
         results += [result for result in faults.together(work) if result]
         if pm.is_main:
             left = (time.perf_counter() - began) / len(results) * (len(found) - len(results))
-            for result in results[n:]:
-                if result not in ("made", "replaced", "there"):
-                    say(result)
+            for outcome, _ in results[n:]:
+                if outcome not in ("made", "replaced", "there"):
+                    say(outcome)
             say(f"sample {len(results)} of {len(found)} · {printed_time(left)} left")
-    made, replaced, there = (results.count(kind) for kind in ("made", "replaced", "there"))
     if pm.is_main:
-        older = f", {replaced} in place of older ones" * (replaced > 0)
-        skipped = len(results) - made - replaced - there
-        say(f"wrote {made + replaced} samples to {out}{older}, {there} were there, {skipped} skipped")
-    if pm.is_main and made + replaced + there:
-        say(f"next: {next_command(pm, 'train', '--model', args.named, '--data', out, '--lora', 32)}")
-    if not made + replaced + there:
+        report(entries, unused, results, args)
+    if all(outcome not in ("made", "replaced", "there") for outcome, _ in results):
         raise ValueError(f"{args.videos} holds nothing that could be encoded")
+    if pm.is_main:
+        say(f"next: {next_command(pm, 'train', '--model', args.named, '--data', out, '--lora', 32)}")
     return pm
+
+
+def report(entries, unused, results, args):
+    """Print what was made, and what a person should know of it before training."""
+    out, outcomes = Path(args.output), [outcome for outcome, _ in results]
+    made, replaced, there = (outcomes.count(kind) for kind in ("made", "replaced", "there"))
+    older = f", {replaced} in place of older ones" * (replaced > 0)
+    skipped = len(results) - made - replaced - there
+    say(f"wrote {made + replaced} samples to {out}{older}, {there} were there, {skipped} skipped")
+    sources = {Folder.EMPTY, *(f"{entry.name}.safetensors" for entry in entries)}
+    stale = [file for file in visible(out, "*.safetensors") if file.name not in sources]
+    said = {f"not in {args.videos} any more, but trained on if left": stale, "not used": unused}
+    for entry, (_, notes) in zip(entries, results):
+        for note in notes:
+            said.setdefault(note, []).append(entry.file)
+    for note, files in said.items():
+        if files:
+            more = f" and {len(files) - 20} more" * (len(files) > 20)
+            say(f"{note} ({len(files)}): {', '.join(map(str, files[:20]))}{more}")
 
 
 def load_tools(tools, snapshot, pm):
@@ -109,34 +129,46 @@ def load_tools(tools, snapshot, pm):
 
 
 def size_of(file):
-    """Return what tells two files of one name apart: bytes, and a fingerprint of their beginnings; None if there is none."""
-    return [file.stat().st_size, fingerprint([file], whole=0)] if file.is_file() else None
-
-
-def encode_one(file, caption, size, encoders, vae, made_by, args):
-    """Write a file's sample; return "made", "replaced", "there", or why it is skipped. size: what rank 0 sees of it."""
-    target = Path(args.output) / f"{file.name}.safetensors"
-    older, kind = target.exists(), made_by["kind"]
+    """Return what tells two files of one name apart: bytes, a fingerprint of their beginnings; None if it can't be read."""
     try:
-        if size_of(file) != size:
+        return [file.stat().st_size, fingerprint([file], whole=0)] if file.is_file() else None
+    except (OSError, ValueError):  # encode_one says why: a name may be no UTF-8
+        return None
+
+
+def encode_one(entry, size, encoders, vae, made_by, args):
+    """Write a file's sample; return ("made", "replaced", "there" or why it is skipped, notes).
+
+    size: size_of it on rank 0. notes: what a person should know, as read_frames says it.
+    """
+    target = Path(args.output) / f"{entry.name}.safetensors"
+    older, kind, notes = target.exists(), made_by["kind"], set()
+    try:
+        if size_of(entry.file) != size:
             raise ValueError("it is another file here than on rank 0, which read its caption")
-        made_by = made_by | dict(file=checksum(file), caption=caption)
+        if entry.problem:
+            raise ValueError(entry.problem)
+        made_by = made_by | dict(file=checksum(entry.file), caption=entry.caption)
         if was_made_by(target, made_by):
-            return "there"
-        if caption is None:
-            raise ValueError(f"there is no {file.stem}.txt, and no line for it in captions.jsonl")
-        frames = read_frames(file, args)
+            with open_safetensors(target) as handle:
+                return "there", json.loads(handle.metadata().get("notes", "[]"))
+        frames = read_frames(entry.file, args, notes)
+        if kind == "token_replace" and len(frames) == 1:
+            raise ValueError("it is one frame, which a token_replace model is given: it learns those after it")
+        notes |= set() if entry.caption.strip() else {"with an empty caption"}
         first = frames[0] if kind else None
-        sample = dict(latents=encode_frames(vae, frames)[0]) | dict(zip(("text", "pooled"), encoders(caption, first)))
+        sample = dict(latents=encode_frames(vae, frames)[0])
+        sample |= dict(zip(("text", "pooled"), encoders(entry.caption, first)))
         if kind:
             sample |= dict(image=encode_frames(vae, [first])[0])
             sample |= dict(zip(("empty_text", "empty_pooled"), encoders("", first)))
         if not all(x.isfinite().all() for x in sample.values()):
             raise ValueError("its latents or text are not finite")
     except (ValueError, OSError) as error:
-        return f"skipping {file}: {error}{f' ({target}, made before, stays)' * older}"
-    save_tensors(target, sample, made_by=json.dumps(made_by, sort_keys=True))
-    return "replaced" if older else "made"
+        return f"skipping {entry.file}: {error}{f' ({target}, made before, stays)' * older}", []
+    header = dict(made_by=json.dumps(made_by, sort_keys=True), notes=json.dumps(sorted(notes)))
+    save_tensors(target, sample, **header)
+    return ("replaced" if older else "made"), sorted(notes)
 
 
 def encode_prompts(pm, snapshot, args):
@@ -156,31 +188,6 @@ def encode_prompts(pm, snapshot, args):
 
     faults.on_main(write)
     return pm
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# what is in the folder
-
-
-def videos_and_captions(folder):
-    """Return [(file, caption or None)] of a folder, by name: the caption is NAME.txt's, or that of a line
-    {"file": .., "caption": ..} of captions.jsonl."""
-    if not folder.is_dir():
-        raise ValueError(f"--videos {folder} is not a folder")
-    files = {file for file in folder.glob("*") if file.suffix.lower() in VIDEOS + IMAGES and file.name[0] != "."}
-    if not files:
-        raise ValueError(f"--videos {folder} holds no {', '.join(VIDEOS + IMAGES)}")
-    captions, table = {}, folder / "captions.jsonl"
-    for n, line in enumerate(read_utf8(table).splitlines() if table.exists() else [], 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-            captions |= {folder / row["file"]: str(row["caption"])} if row else {}
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f'{table}, line {n}, is not {{"file": .., "caption": ..}}') from None
-    for file in files:
-        if file.with_suffix(".txt").exists():
-            captions[file] = read_utf8(file.with_suffix(".txt")).strip()
-    return [(file, captions.get(file)) for file in sorted({*files, *captions})]  # what does not exist is skipped
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from full import faults, screen
 from full.average import Average
+from full.captions import Entry
 from full.checkpoints import read_manifest, write_manifest
 from full.clips import Clip
 from full.encode import encode_one, size_of
@@ -233,9 +234,9 @@ def test_a_video_that_is_another_one_on_this_host(tmp_path):
     size = size_of(tmp_path / "a.mp4")
     (tmp_path / "a.mp4").write_bytes(b"two")
     args = SimpleNamespace(output=tmp_path)
-    assert "another file here than on rank 0" in encode_one(
-        tmp_path / "a.mp4", "x", size, None, None, dict(kind=None), args
-    )
+    entry = Entry(tmp_path / "a.mp4", "a.mp4", "x")
+    outcome, _ = encode_one(entry, size, None, None, dict(kind=None), args)
+    assert "another file here than on rank 0" in outcome
     assert size_of(tmp_path / "b.mp4") is None
 
 

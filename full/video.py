@@ -1,62 +1,162 @@
 """Videos and pictures: read as the frames that a model is trained on, and written for people. Needs av and Pillow."""
 
+import contextlib
 import io
 import math
+import shlex
 
 import torch
 
-VIDEOS, IMAGES = (".mp4", ".mov", ".webm", ".mkv"), (".png", ".jpg", ".jpeg", ".webp")
+VIDEOS = tuple(".mp4 .mov .m4v .webm .mkv .avi .wmv .flv .mpg .mpeg .ts .mts .3gp .ogv".split())
+IMAGES = tuple(".png .apng .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif".split())
+UNTAGGED = dict(colorspace=2, color_trc=2, color_range=0)
+TO_SDR = (
+    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
+)
 
 
 def read_image(file):
-    """Read a picture, upright, in RGB; ValueError if it is none, or has more than 8 bits a channel."""
-    from PIL import Image, ImageOps
+    """Read a picture, or the first of an animation, upright, in RGB, white where it is transparent.
 
-    try:
-        image = ImageOps.exif_transpose(Image.open(file))  # a phone's picture lies on its side
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is not an image: {error}") from None
-    if image.mode[0] in "IF":
-        raise ValueError(f"{file} has 16 or 32 bits a channel (mode {image.mode}): save it with 8")
-    return image.convert("RGB")
+    ValueError if it is none, or has more than 8 bits a channel.
+    """
+    with one_sentence(f"{file} is not an image"):
+        return next(images_of_picture(file))[2]
 
 
-def read_frames(file, args):
-    """Return RGB images of one size from a video, at each 1/24 s the frame shown then, or from an image; 4k + 1, --frames at most.
+def read_frames(file, args, notes=None):
+    """Return RGB images of one size from a video or an animation, at each 1/24 s the frame shown then, or from a picture;
+    4k + 1, --frames at most.
 
     Resized and cropped at the centre to --height x --width, or to the size of that area whose shape is nearest.
-    ValueError for what can't be read.
+    notes: a set, to which is added what a person should know of the result. ValueError for what can't be read.
     """
     from PIL import Image, ImageOps
 
-    def fit(image):
-        size = (args.width, args.height) if args.no_buckets else bucket(*image.size, args.height * args.width)
-        return ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
-
-    if file.suffix.lower() in IMAGES:
-        return [fit(read_image(file))]
-    import av
-
-    frames, shown = [], None
-    try:
-        with av.open(str(file)) as video:
-            stream = video.streams.video[0]
-            start, end = None, 0.0
-            for frame in video.decode(stream):
-                start = frame.time if start is None else start
-                while shown and len(frames) / 24 < frame.time - start - 1e-3 and len(frames) < args.frames:
-                    frames.append(shown)
-                if len(frames) == args.frames:
-                    break
-                shown = fit(frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True))
-                end = frame.time - start + 1 / (stream.average_rate or 24)
-            while shown and len(frames) / 24 < end - 1e-3 and len(frames) < args.frames:
-                frames.append(shown)
-    except (av.error.FFmpegError, IndexError, TypeError, OSError, ValueError) as error:
-        raise ValueError(f"it is not a video that can be read ({error})") from None
+    notes = set() if notes is None else notes
+    picture = file.suffix.lower() in IMAGES
+    source = images_of_picture(file) if picture else images_of_video(file, args.frames / 24, notes)
+    frames, shown, size, until = [], None, None, 0.0
+    with one_sentence(f"it is not {'an image' if picture else 'a video'} that can be read"):
+        for start, end, image in source:
+            frames += [shown] * (min(args.frames, math.ceil((start - 1e-3) * 24)) - len(frames))
+            if len(frames) == args.frames:
+                notes.add(f"longer than the {args.frames / 24:.2f} s that are used")
+                break
+            if not size:
+                nearest = bucket(*image.size, args.height * args.width)
+                size = (args.width, args.height) if args.no_buckets else nearest
+            if max(size[0] / image.width, size[1] / image.height) > 1.02:
+                notes.add("enlarged")
+            shown, until = ImageOps.fit(image, size, Image.Resampling.LANCZOS), end
+        frames += [shown] * (min(args.frames, math.ceil((until - 1e-3) * 24)) - len(frames))
     if not frames:
         raise ValueError("it has no frames")
+    if len(frames) < min(5, args.frames) and not picture:
+        notes.add("of one frame, being shorter than 5")
     return frames[: (len(frames) - 1) // 4 * 4 + 1]
+
+
+class Refused(ValueError):
+    """A sentence of ours, in which a library's has no part."""
+
+
+@contextlib.contextmanager
+def one_sentence(what):
+    """Make a ValueError of one sentence of whatever a library raises: SyntaxError, EOFError, struct.error, its own kinds."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {str(error) or type(error).__name__}") from None
+
+
+def images_of_picture(file):
+    """Yield (start, end, RGB image) of a picture, or of each one of an animation, in seconds."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as picture:
+        if picture.mode[0] in "IF":
+            raise Refused(f"{file} has 16 or 32 bits a channel (mode {picture.mode}): save it with 8")
+        moves = picture.format in ("GIF", "PNG", "WEBP", "AVIF")  # others have pages, or a preview
+        count, end = picture.n_frames if moves else 1, 0.0
+        for n in range(1 if getattr(picture, "default_image", False) and count > 1 else 0, count):
+            picture.seek(n)
+            image = on_white(ImageOps.exif_transpose(picture))  # a phone's picture lies on its side
+            lasts = picture.info.get("duration", 0) / 1000 if count > 1 else 1 / 24
+            start, end = end, end + (lasts if lasts > 0.01 else 0.1)  # as browsers do
+            yield start, end, image
+
+
+def on_white(image):
+    """Return an RGB image, with white where one is transparent, whatever colour is hidden there."""
+    from PIL import Image
+
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def images_of_video(file, seconds, notes):
+    """Yield (start, end, RGB image) of each frame of a video, in seconds from the first one.
+
+    Rates within 1 % of 24 a second are taken as 24. ValueError if the file ends before its head says, within the `seconds`
+    that are used, and for HDR that was not made to look right on other screens.
+    """
+    import av
+    from av.stream import Disposition
+
+    with av.open(str(file)) as video:
+        streams = [stream for stream in video.streams.video if not stream.disposition & Disposition.attached_pic]
+        if not streams or video.format.name == "tty":  # which draws the letters of a text file
+            raise Refused("it has no video")
+        if video.metadata.get("major_brand") in ("heic", "heix", "mif1", "msf1"):
+            raise Refused("it is a HEIC picture, of which one tile would be read: save it as .jpg")
+        best = video.streams.best("video")
+        stream = best if best in streams else streams[0]
+        rate, pixel = float(stream.average_rate or stream.guessed_rate or 24), float(stream.sample_aspect_ratio or 1)
+        whole = float(stream.duration * stream.time_base) if stream.duration else (video.duration or 0) / av.time_base
+        if video.format.name == "avi":  # whose duration is a guess where its index is cut off
+            whole = stream.frames / rate
+        head = {tag: getattr(stream.codec_context, tag) for tag in UNTAGGED}
+        first, count, reached = None, 0, 0.0
+        for packet in video.demux():
+            if packet.pts is not None and (packet.stream is stream or not stream.duration):
+                reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            for frame in packet.decode() if packet.stream is stream else ():
+                time = count / rate if frame.time is None else frame.time
+                first, count = time if first is None else first, count + 1
+                times = time - first, time - first + 1 / rate
+                if abs(rate / 24 - 1) <= 0.01:
+                    times = (round(time * rate) / 24 for time in times)
+                for tag in (tag for tag, unset in UNTAGGED.items() if getattr(frame, tag) == unset):
+                    setattr(frame, tag, head[tag])
+                if frame.color_trc == 16:
+                    cure = f"ffmpeg -i {shlex.quote(str(file))} -vf {TO_SDR} SDR.mp4"
+                    raise Refused(f"it is HDR (PQ), which would be too dark. A copy to use in its place: {cure}")
+                notes |= {"HLG, read as SDR screens show it"} if frame.color_trc == 18 else set()
+                notes |= {"interlaced"} if frame.interlaced_frame else set()
+                yield *times, image_of(frame, pixel)
+        if reached < min(whole - max(0.1, 2 / rate), (first or 0) + seconds - 0.5 / rate):
+            raise Refused(f"it is cut off: {reached:.2f} s of {whole:.2f} s are there")
+
+
+def image_of(frame, pixel):
+    """Return a frame as an RGB image, upright. pixel: width / height of its pixels, which become square.
+
+    Without a tag its colours are BT.709's from 720 lines on, and BT.601's below, as players do.
+    """
+    from PIL import Image
+
+    untagged = frame.colorspace in (2, 3)
+    colours = dict(src_colorspace="ITU709" if frame.height >= 720 else "ITU601") if untagged else {}
+    alpha = any(part.is_alpha for part in frame.format.components)
+    image = on_white(Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24", **colours)))
+    if pixel != 1:
+        image = image.resize((round(frame.width * pixel), frame.height), Image.Resampling.LANCZOS)
+    return image.rotate(frame.rotation, expand=True)
 
 
 def bucket(width, height, area):
@@ -93,9 +193,11 @@ def strip(frames, count=6, height=240):
 
 
 def check_encoder():
-    """Raise ValueError if there is no H.264 encoder."""
+    """Raise ValueError if PyAV reads colours wrongly, or has no H.264 encoder."""
     import av
 
+    if int(av.__version__.split(".")[0]) < 17:
+        raise ValueError(f"PyAV {av.__version__} reads the colours of tagged videos wrongly: pip install 'av>=17'")
     try:
         av.codec.Codec("libx264", "w")
     except ValueError as error:
