@@ -1411,7 +1411,7 @@ def test_bad_model_inputs():
     (partial(HunyuanConfig.preset, "14b"), "no preset '14b': choose one of 13b, tiny"),
     (partial(hunyuan_sp.latent_shape, HunyuanConfig(), 250, 256, 17), "height 250 and width 256 must be multiples of 16.*: 240 x 256 x 17 would do"),
     (partial(hunyuan_sp.latent_shape, HunyuanConfig(), 256, 0, 17), "width 0 must be multiples of 16"),
-    (partial(hunyuan_sp.latent_shape, HunyuanConfig(), 256, 256, 16), r"frames 16 must be 4k\+1: 256 x 256 x 13 would do"),
+    (partial(hunyuan_sp.latent_shape, HunyuanConfig(), 256, 256, 16), r"frames 16 must be 4k\+1: 256 x 256 x 13 or 17 would do"),
     (partial(infer_min.embed, "a cat", HunyuanConfig(), mock.Mock(embeds=None, config=None), "cpu"), "give --embeds instead"),
 ])  # fmt: skip
 def test_bad_arguments(call, told):
