@@ -197,7 +197,7 @@ def stated_facts(file, header, kohya):
     sources |= {side.name: parse_json(file, side.name, side.read_text(errors="replace")) for side in files_of(file)[1:]}
     found, base, no_alpha = dict(alpha={}, rank={}, root={}), [], "no alpha"
     for source, content in sources.items():
-        for key, value in flatten(file, source, content):
+        for key, value, name in flatten(file, source, content):
             where, yes = f"{source}'s {key}", str(value).lower() in ("true", "1")
             check_kind(file, where, key, value, yes)
             if key in (*BASE_KIND, *BASE_PATH) and isinstance(value, str):
@@ -208,8 +208,8 @@ def stated_facts(file, header, kohya):
                 continue
             if key == "ss_network_alpha" and not kohya:
                 no_alpha = f"the alpha of {value} in its header multiplied in already"
-            elif key in ALPHA + RANK:
-                fact = "alpha" if key in ALPHA else "rank"
+            elif name in ALPHA + RANK:
+                fact = "alpha" if name in ALPHA else "rank"
                 found[fact][where + " again" * (where in found[fact])] = number(file, where, value)
     for fact, values in found.items():
         if len(set(values.values())) > 1:
@@ -255,10 +255,10 @@ def parse_json(file, where, text):
 
 
 def flatten(file, source, content, inside="", depth=0):
-    """Yield (key, value) of nested objects, and of JSON kept in strings; keys without the prefix of a component.
+    """Yield (key, value, key's long name) of nested objects, and of JSON in strings; keys without a component's prefix.
 
-    Short names count at the top and in an object that is about a LoRA, and get their long one there; kohya's statistics of
-    a training, ss_.., hold words of its captions.
+    Short names count at the top and in an object that is about a LoRA; kohya's statistics of a training, ss_.., hold words
+    of its captions.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{file}: its {source} holds no JSON object")
@@ -273,9 +273,9 @@ def flatten(file, source, content, inside="", depth=0):
         if isinstance(value, dict) and depth < 4 and key not in ("alpha_pattern", "rank_pattern"):
             yield from flatten(file, source, value, key, depth + 1)
         elif key not in SHORT:
-            yield key, value
+            yield key, value, key
         elif re.search(ABOUT, inside) or depth == 0 and key != "linear":
-            yield SHORT[key][0], value
+            yield key, value, SHORT[key][0]
 
 
 def check_base(file, facts):

@@ -107,7 +107,9 @@ def train(args):
     if step >= args.steps:
         end_run(args.out, run.state["tag"])
     progress.end(clock, step, saved)
-    if saved and pm.is_main:
+    if pm.is_main and step < args.steps:
+        say("next: the same command with --resume")
+    elif pm.is_main and saved:
         say(f"next: {after_training(pm, args, run.model.config, largest_shape(run.data))}")
     return pm
 
