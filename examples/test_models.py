@@ -1,18 +1,16 @@
-"""Models of diffusers, tiny, by `parallelise`: output and the gradient of every parameter against one device, in float64.
+"""Models of diffusers, tiny, as cases: by `parallelise` their output and every parameter's gradient equal one device's.
 
-    $ pytest examples              # three models on each layout, and the faults
-    $ python .ci/paste.py          # every case below
-
-A new model: add its case here and run `python .ci/paste.py NAME`.
+$ pytest examples              # three of them, and the faults
+$ python .ci/paste.py          # all of them
+$ python .ci/paste.py flux     # those of one name: a new model needs a case here, and then this
 """
 
 from unittest import mock
 
 import diffusers
 import torch
+import torch.distributed as dist
 
-import test_sp
-from comm import gather_sequence
 from examples.diffusers_any import parallelise
 from test_sp import draws
 
@@ -244,10 +242,15 @@ def hunyuan_video15(draw, variant):
 # against one device
 
 
-def run(model, inputs, ranks=1):
+def all_in_float64():
+    """Models norm and rotate in float32 whatever they compute in, which would round at 1e-7."""
+    return mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
+
+
+def run(model, inputs, ranks=1, precision=all_in_float64):
     """Return (outputs, {name: gradient}) of a loss of all outputs, the same on each of the ranks, divided by their number."""
     model.zero_grad()
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):  # models norm and rotate in float32
+    with precision():
         outs = model(**inputs, return_dict=False)
         loss = sum((out * draws(7)(out.shape)).sum() for out in outs) / ranks
         loss.backward()
@@ -260,34 +263,16 @@ def errors(ours, truth):
     return {name: ((ours[name] - x).abs().max() / (x.abs().max() + 1e-3)).item() for name, x in truth.items()}
 
 
-def compare(name, group, plan=None, change=lambda model: None):
+def compare(name, group, plan=None, change=lambda model, inputs: None, paste=parallelise):
     """Return the (worst output, worst gradient) of a case on the ranks of `group` against one device."""
     model, inputs = build(name)
-    change(model)
+    change(model, inputs)
     outs, grads = run(model, inputs)
-    parallelise(model, group, plan)
-    our_outs, our_grads = run(model, inputs, torch.distributed.get_world_size(group))
+    paste(model, group, *([plan] if plan else []))
+    our_outs, our_grads = run(model, inputs, dist.get_world_size(group))
     for grad in our_grads.values():
-        torch.distributed.all_reduce(grad, group=group)
+        dist.all_reduce(grad, group=group)
     assert grads.keys() == our_grads.keys() and len(grads) > 20, "a parameter has no gradient"
     return max(errors(dict(enumerate(our_outs)), dict(enumerate(outs))).values()), max(
         errors(our_grads, grads).values()
     )
-
-
-def check_exact(pm, folder, names=("hunyuan_video", "wan 2.2 ti2v", "ltx2 masked")):
-    for name in names:
-        try:
-            out, grad = compare(name, pm.sp_group)
-        except Exception as e:
-            import traceback
-
-            if pm.rank == 0:
-                print("ERR", name, type(e).__name__, str(e)[:1500])
-                traceback.print_exc(limit=-3)
-            continue
-        if pm.rank == 0:
-            print(f"{name:40} {out:.1e} {grad:.1e}", flush=True)
-
-
-CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
