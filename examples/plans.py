@@ -43,6 +43,7 @@ OWN_PLAN = "_cp_plan"  # the attribute of a model's class
 
 tokens = ContextParallelInput(split_dim=1)
 rope = {n: ContextParallelInput(split_dim=0, split_output=True) for n in (0, 1)}  # cos and sin, [N, D]
+rope_of_wan = {n: ContextParallelInput(split_dim=1, split_output=True) for n in (0, 1)}  # [1, N, 1, D]
 rope_of_batch = {n: ContextParallelInput(split_dim=-2, split_output=True) for n in (0, 1)}  # [B, N, D] or [B, H, N, D]
 gather = ContextParallelOutput(gather_dim=1)
 
@@ -139,6 +140,27 @@ def unpadded(mask):
     return mask[..., : mask.shape[2]]
 
 
+def wan_vace(model):
+    """Wan VACE: its control's blocks stand beside the others, and each of them is given the whole video."""
+    return {
+        "rope": rope_of_wan,
+        "blocks.0": {"hidden_states": tokens},
+        "vace_blocks.*": {"hidden_states": tokens},
+        "vace_blocks.0": {"control_hidden_states": tokens},
+        "proj_out": gather,
+    }
+
+
+def skyreels_v2(model):
+    """SkyReels-V2: with diffusion forcing, what follows the blocks has a time for each token: all are gathered first."""
+    return {
+        "rope": rope_of_wan,
+        "blocks.0": {"hidden_states": tokens},
+        "blocks.*": {"temb": ContextParallelInput(split_dim=2, expected_dims=4)},
+        f"blocks.{len(model.blocks) - 1}": gather,
+    }
+
+
 def with_residuals(model):
     """Qwen-Image, FLUX.1: their own plans lack what a ControlNet adds to the tokens of each block."""
     plan = getattr(model, OWN_PLAN)
@@ -153,6 +175,8 @@ PLANS = {
     "HunyuanVideoFramepackTransformer3DModel": framepack,
     "HunyuanVideo15Transformer3DModel": hunyuan_video15,
     "LTX2VideoTransformer3DModel": ltx2,
+    "SkyReelsV2Transformer3DModel": skyreels_v2,
+    "WanVACETransformer3DModel": wan_vace,
 }
 
 

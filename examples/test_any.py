@@ -15,7 +15,7 @@ import test_sp
 from comm import split_sequence
 from examples.diffusers_any import Split, parallelise
 from examples.plans import gather, plan_of, tokens
-from examples.test_models import CASES, WAN, build, compare, errors, run
+from examples.test_models import CASES, UNEVEN, build, compare, errors, run, wan_config
 from examples.wan import sequence_parallel
 from test_sp import assert_ok, close, draws, gather_then_slice
 
@@ -43,7 +43,7 @@ def check_five_heads_on_four_ranks(pm, folder):
 
 
 def check_by_hand(pm, folder):
-    for name in ("wan 2.1 t2v", "wan 2.1 i2v", "wan 2.2 ti2v"):
+    for name in ("wan 2.1 t2v", "wan_i2v 2.1", "wan 2.2 ti2v"):
         worst = compare(name, pm.sp_group, paste=sequence_parallel)
         assert max(worst) < 1e-11, f"{name}: {worst}"
 
@@ -214,8 +214,8 @@ def check_what_is_refused(pm, folder):
 
 
 @pytest.mark.parametrize("kind, config, plan, words", [
-    ("WanTransformer3DModel", WAN, {"blocks.9": {"hidden_states": tokens}}, "WanTransformer3DModel has no module 'blocks.9'"),
-    ("WanVACETransformer3DModel", WAN | dict(vace_layers=[0], vace_in_channels=4), None, "WanVACETransformer3DModel has no plan"),
+    ("WanTransformer3DModel", wan_config(UNEVEN), {"blocks.9": {"hidden_states": tokens}}, "WanTransformer3DModel has no module 'blocks.9'"),
+    ("SanaTransformer2DModel", dict(num_layers=1), None, "SanaTransformer2DModel has no plan"),
     ("CogVideoXTransformer3DModel", dict(num_attention_heads=1, attention_head_dim=16, num_layers=1), {"proj_out": gather}, "CogVideoXTransformer3DModel has no attention whose processor"),
 ])  # fmt: skip
 def test_refused_by_name(kind, config, plan, words):
@@ -241,7 +241,9 @@ def test_every_model_has_a_case():
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
-ONLY = dict.fromkeys(CHECKS, "1x2") | dict(exact="1x2 1x3", trained="2x2", five_heads_on_four_ranks="2x2", masks="1x3", by_hand="1x3")
+ONLY = dict.fromkeys(CHECKS, "1x2") | dict(
+    exact="1x2 1x3", trained="2x2", five_heads_on_four_ranks="2x2", masks="1x3", by_hand="1x3"
+)
 
 
 @test_sp.on_layouts(CHECKS, ONLY)

@@ -1,10 +1,13 @@
 """Models of diffusers, tiny, as cases: by `parallelise` their output and every parameter's gradient equal one device's.
 
-$ pytest examples              # three of them, and the faults
-$ python .ci/paste.py          # all of them
-$ python .ci/paste.py flux     # those of one name: a new model needs a case here, and then this
+    $ pytest examples              # three of them, and the faults
+    $ python .ci/paste.py          # all of them
+    $ python .ci/paste.py flux     # those of one name
+
+A new model needs a case here: a config and inputs as its pipeline makes them, both functions of the sizes `s`.
 """
 
+from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
@@ -14,33 +17,37 @@ import torch.distributed as dist
 from examples.diffusers_any import parallelise
 from test_sp import draws
 
-VIDEO, TEXT, AUDIO = 45, 7, 11  # tokens; 5 frames of 3 x 3: nothing divides by 2, and 45 alone by 3
+# latents of T x h x w patches; images of one and of two parts; nothing divides by 2, and the 45 video tokens alone by 3
+UNEVEN = SimpleNamespace(heads=5, T=5, h=3, w=3, video=45, text=7, audio=11, image=(5, 9), parts=((5, 5), (4, 5)))
+EVEN = SimpleNamespace(heads=6, T=4, h=3, w=4, video=48, text=6, audio=12, image=(6, 8), parts=((5, 6), (3, 6)))
 CASES = {}
 
 
-def case(model, config, variants=("",)):
-    """Register inputs(draw, variant) -> {argument: value} as the case of a model and each of its variants."""
+def case(model, config, variants):
+    """Register inputs(draw, variant, s) -> {argument: value} as a case of the model for each variant.
+
+    config(s): a dict; variants: {name: what its config has more}.
+    """
 
     def register(inputs):
-        for variant in variants:
-            name = f"{inputs.__name__} {variant}".strip()
-            more = config.get(variant, {})
-            CASES[name] = model, config["all"] | more, inputs, variant
+        for variant, more in variants.items():
+            CASES[f"{inputs.__name__} {variant}".strip()] = model, config, more, inputs, variant
+        return inputs
 
-    return lambda inputs: register(inputs) or inputs
+    return register
 
 
-def build(name, seed=0):
+def build(name, s=UNEVEN, seed=0):
     """Return (model, inputs) of a case. No parameter is zero: zero gates would hide every block."""
-    kind, config, inputs, variant = CASES[name]
-    model = getattr(diffusers, kind)(**config).double()
+    kind, config, more, inputs, variant = CASES[name]
+    model = getattr(diffusers, kind)(**config(s) | more).double()
     draw = draws(seed)
     for param in model.parameters():
         param.data = draw(param.shape) * (0.5 if param.dim() < 2 else 0.2)
-    return model, inputs(draw, variant)
+    return model, inputs(draw, variant, s)
 
 
-def ragged(batch=2, length=TEXT):
+def ragged(length, batch=2):
     """A mask of which the last sample's end is padding."""
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, length - 3 :] = 0
@@ -51,191 +58,268 @@ def ids(*sizes):
     return torch.cartesian_prod(*[torch.arange(float(size)) for size in sizes])
 
 
-WAN = dict(num_attention_heads=5, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=6, freq_dim=8, ffn_dim=16, num_layers=2)  # fmt: skip
-I2V = dict(image_dim=5, added_kv_proj_dim=60, in_channels=9)
+TIMES = torch.tensor([900.5, 3.25])
 
 
-@case("WanTransformer3DModel", {"all": WAN, "2.1 i2v": I2V, "2.2 i2v": dict(in_channels=9)}, ["2.1 t2v", "2.1 i2v", "2.2 i2v", "2.2 ti2v"])  # fmt: skip
-def wan(draw, variant):
+def of_each_token(s):
+    return torch.linspace(1, 900, 2 * s.video).view(2, s.video)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Wan and its kin
+
+
+def wan_config(s):
+    channels = dict(in_channels=4, out_channels=4, text_dim=6, freq_dim=8, ffn_dim=16)
+    return channels | dict(num_attention_heads=s.heads, attention_head_dim=12, num_layers=2)
+
+
+def with_image(s):
+    return wan_config(s) | dict(image_dim=5, added_kv_proj_dim=12 * s.heads, in_channels=9)
+
+
+def wan_inputs(draw, s, channels=4, text=None):
+    latents = draw(2, channels, s.T, 2 * s.h, 2 * s.w)
+    return dict(hidden_states=latents, timestep=TIMES, encoder_hidden_states=draw(2, text or s.text, 6))
+
+
+@case("WanTransformer3DModel", wan_config, {"2.1 t2v": {}, "2.2 i2v": dict(in_channels=9), "2.2 ti2v": {}})
+def wan(draw, variant, s):
     """2.2's ti2v has a timestep for each token."""
-    channels, text = 9 if variant.endswith(" i2v") else 4, 512 if variant == "2.1 i2v" else TEXT
-    image = dict(encoder_hidden_states_image=draw(2, 9, 5)) if variant == "2.1 i2v" else {}
-    timestep = (
-        torch.linspace(1, 900, 2 * VIDEO).view(2, VIDEO) if variant == "2.2 ti2v" else torch.tensor([900.5, 3.25])
+    inputs = wan_inputs(draw, s, 9 if variant == "2.2 i2v" else 4)
+    return inputs | (dict(timestep=of_each_token(s)) if variant == "2.2 ti2v" else {})
+
+
+@case("WanTransformer3DModel", with_image, {"2.1": {}})
+def wan_i2v(draw, variant, s):
+    """Its text has 512 tokens, or the model takes part of it for the image's."""
+    return wan_inputs(draw, s, 9, 512) | dict(encoder_hidden_states_image=draw(2, 9, 5))
+
+
+@case("ChronoEditTransformer3DModel", with_image, {"": {}})
+def chronoedit(draw, variant, s):
+    return wan_i2v(draw, variant, s)
+
+
+@case("WanVACETransformer3DModel", wan_config, {"": dict(vace_layers=[0, 1], vace_in_channels=5)})
+def wan_vace(draw, variant, s):
+    control = dict(
+        control_hidden_states=draw(2, 5, s.T, 2 * s.h, 2 * s.w), control_hidden_states_scale=torch.tensor([1.0, 0.5])
     )
-    return (
-        dict(hidden_states=draw(2, channels, 5, 6, 6), timestep=timestep, encoder_hidden_states=draw(2, text, 6))
-        | image
+    return wan_inputs(draw, s) | {name: x.double() for name, x in control.items()}
+
+
+@case("SkyReelsV2Transformer3DModel", wan_config, {"": {}, "forcing": dict(num_frame_per_block=5)})
+def skyreels_v2(draw, variant, s):
+    """forcing: a timestep for each frame, and a mask over pairs of frames."""
+    forcing = dict(timestep=torch.linspace(1, 900, 2 * s.T).view(2, s.T), enable_diffusion_forcing=True)
+    return wan_inputs(draw, s) | (forcing if variant else {})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# LTX
+
+
+def ltx_config(s):
+    channels = dict(in_channels=4, out_channels=4, caption_channels=6)
+    return channels | dict(
+        num_attention_heads=s.heads, attention_head_dim=8, cross_attention_dim=8 * s.heads, num_layers=2
     )
 
 
-@case("ChronoEditTransformer3DModel", {"all": WAN | I2V})
-def chronoedit(draw, variant):
-    image = dict(encoder_hidden_states_image=draw(2, 9, 5))
-    times = torch.tensor([900.5, 3.25])
-    return dict(hidden_states=draw(2, 9, 5, 6, 6), timestep=times, encoder_hidden_states=draw(2, 512, 6)) | image
-
-
-LTX = dict(in_channels=4, out_channels=4, num_attention_heads=5, attention_head_dim=8, cross_attention_dim=40, num_layers=2, caption_channels=6)  # fmt: skip
-
-
-@case("LTXVideoTransformer3DModel", {"all": LTX}, ["", "masked"])
-def ltx(draw, variant):
-    mask = ragged() if variant else None
-    sizes = dict(num_frames=5, height=3, width=3, encoder_attention_mask=mask)
-    return (
-        dict(
-            hidden_states=draw(2, VIDEO, 4),
-            encoder_hidden_states=draw(2, TEXT, 6),
-            timestep=torch.tensor([900.5, 3.25]),
-        )
-        | sizes
+def ltx2_config(s):
+    audio = dict(
+        in_channels=3,
+        out_channels=3,
+        num_attention_heads=s.heads,
+        attention_head_dim=4,
+        cross_attention_dim=4 * s.heads,
     )
+    return ltx_config(s) | {f"audio_{name}": value for name, value in audio.items()}
 
 
-AUDIO_OF_LTX2 = dict(audio_in_channels=3, audio_out_channels=3, audio_num_attention_heads=5, audio_attention_head_dim=4, audio_cross_attention_dim=20)  # fmt: skip
-LTX23 = dict(gated_attn=True, cross_attn_mod=True, audio_gated_attn=True, audio_cross_attn_mod=True, use_prompt_embeddings=False, perturbed_attn=True, rope_type="split")  # fmt: skip
+@case("LTXVideoTransformer3DModel", ltx_config, {"": {}, "masked": {}})
+def ltx(draw, variant, s):
+    sizes = dict(num_frames=s.T, height=s.h, width=s.w, encoder_attention_mask=ragged(s.text) if variant else None)
+    return dict(hidden_states=draw(2, s.video, 4), encoder_hidden_states=draw(2, s.text, 6), timestep=TIMES) | sizes
+
+
+GATED = dict(gated_attn=True, cross_attn_mod=True, audio_gated_attn=True, audio_cross_attn_mod=True)
+LTX23 = GATED | dict(use_prompt_embeddings=False, perturbed_attn=True, rope_type="split")
+KEYFRAMES = dict(use_keyframes_abs_pos_embedding=True)
 
 
 @case(
     "LTX2VideoTransformer3DModel",
-    {"all": LTX | AUDIO_OF_LTX2, "2.3": LTX23, "keyframes": dict(use_keyframes_abs_pos_embedding=True)},
-    ["", "masked", "i2v", "2.3", "keyframes", "reference"],
+    ltx2_config,
+    {"": {}, "masked": {}, "i2v": {}, "2.3": LTX23, "keyframes": KEYFRAMES, "reference": {}},
 )
-def ltx2(draw, variant):
+def ltx2(draw, variant, s):
     """With audio. i2v: a timestep for each token. reference: a mask over pairs of video tokens."""
-    widths = (40, 20) if variant == "2.3" else (6, 6)
-    streams = dict(hidden_states=draw(2, VIDEO, 4), audio_hidden_states=draw(2, AUDIO, 3))
-    streams |= dict(
-        encoder_hidden_states=draw(2, TEXT, widths[0]), audio_encoder_hidden_states=draw(2, TEXT, widths[1])
+    widths = (8 * s.heads, 4 * s.heads) if variant == "2.3" else (6, 6)
+    inputs = dict(hidden_states=draw(2, s.video, 4), audio_hidden_states=draw(2, s.audio, 3))
+    inputs |= dict(
+        encoder_hidden_states=draw(2, s.text, widths[0]), audio_encoder_hidden_states=draw(2, s.text, widths[1])
     )
-    sizes = dict(num_frames=5, height=3, width=3, audio_num_frames=AUDIO)
-    times = dict(timestep=torch.tensor([[900.5], [3.25]]))
+    inputs |= dict(num_frames=s.T, height=s.h, width=s.w, audio_num_frames=s.audio, timestep=TIMES[:, None])
     if variant == "i2v":
-        times = dict(
-            timestep=torch.linspace(1, 900, 2 * VIDEO).view(2, VIDEO), audio_timestep=torch.tensor([[700.0], [3.0]])
-        )
+        inputs |= dict(timestep=of_each_token(s), audio_timestep=TIMES[:, None])
     if variant == "2.3":
-        times |= dict(sigma=torch.tensor([900.5, 3.25]), use_cross_timestep=True, audio_timestep=times["timestep"] + 20)
-        times |= dict(audio_sigma=torch.tensor([920.5, 23.25]))
+        inputs |= dict(sigma=TIMES, audio_sigma=TIMES + 20, audio_timestep=TIMES[:, None] + 20, use_cross_timestep=True)
     if variant in ("masked", "i2v"):
-        times |= dict(encoder_attention_mask=ragged(), audio_encoder_attention_mask=ragged())
+        inputs |= dict(encoder_attention_mask=ragged(s.text), audio_encoder_attention_mask=ragged(s.text))
     if variant == "keyframes":
-        times |= dict(video_keyframes_mask=(torch.arange(VIDEO) < 9).expand(2, -1)[..., None].double())
+        inputs |= dict(video_keyframes_mask=(torch.arange(s.video) < s.h * s.w).expand(2, -1)[..., None].double())
     if variant == "reference":
-        times |= dict(
-            video_self_attention_mask=torch.rand(2, VIDEO, VIDEO, generator=torch.Generator().manual_seed(3)).double()
-        )
-    return streams | sizes | times
+        inputs |= dict(video_self_attention_mask=draw(2, s.video, s.video).sigmoid())
+    return inputs
 
 
-QWEN = dict(in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=5, joint_attention_dim=6, axes_dims_rope=(2, 2, 4))  # fmt: skip
+# --------------------------------------------------------------------------------------------------------------------
+# images: a reference's tokens follow the image's
+
+
+def image_config(s):
+    heads = dict(num_attention_heads=s.heads, attention_head_dim=8, joint_attention_dim=6)
+    return heads | dict(in_channels=4, axes_dims_rope=(2, 2, 4))
+
+
+def qwen_config(s):
+    return image_config(s) | dict(out_channels=4, num_layers=2, patch_size=1)
+
+
+def flux_config(s):
+    return image_config(s) | dict(num_layers=1, num_single_layers=2, guidance_embeds=True, pooled_projection_dim=6)
+
+
+def flux2_config(s):
+    layers = dict(num_layers=1, num_single_layers=2, guidance_embeds=True, timestep_guidance_channels=8)
+    return image_config(s) | layers | dict(axes_dims_rope=(2, 2, 2, 2))
+
+
+def image_inputs(draw, s):
+    return dict(hidden_states=draw(2, s.video, 4), encoder_hidden_states=draw(2, s.text, 6), timestep=TIMES / 1000)
+
+
+def places(s, parts):
+    """(part, row, column) of each token."""
+    return torch.cat([ids(1, *size) + torch.tensor([float(n), 0, 0]) for n, size in enumerate(parts)])
+
+
+@case("QwenImageTransformer2DModel", qwen_config, {"": {}, "masked": {}, "edit": dict(zero_cond_t=True), "control": {}})
+def qwen(draw, variant, s):
+    """edit: the reference is modulated at time 0. control: residuals of a ControlNet."""
+    parts = s.parts if variant == "edit" else [s.image]
+    inputs = image_inputs(draw, s) | dict(img_shapes=[[(1, *size) for size in parts]] * 2)
+    if variant in ("masked", "edit"):
+        inputs |= dict(encoder_hidden_states_mask=ragged(s.text))
+    if variant == "control":
+        inputs |= dict(controlnet_block_samples=[draw(2, s.video, 8 * s.heads)])
+    return inputs
+
+
+@case("FluxTransformer2DModel", flux_config, {"": {}, "kontext": {}, "control": {}})
+def flux(draw, variant, s):
+    inputs = image_inputs(draw, s) | dict(guidance=torch.full((2,), 3.5), pooled_projections=draw(2, 6))
+    if variant == "control":
+        inputs |= {f"controlnet_{kind}_samples": [draw(2, s.video, 8 * s.heads)] for kind in ("block", "single_block")}
+    return inputs | dict(
+        img_ids=places(s, s.parts if variant == "kontext" else [s.image]), txt_ids=torch.zeros(s.text, 3)
+    )
+
+
+@case("Flux2Transformer2DModel", flux2_config, {"": {}, "edit": {}})
+def flux2(draw, variant, s):
+    image = places(s, s.parts if variant == "edit" else [s.image])
+    image = torch.cat((image, torch.zeros(len(image), 1)), 1)
+    text = ids(1, 1, 1, s.text)
+    both = dict(img_ids=image.expand(2, -1, -1), txt_ids=text.expand(2, -1, -1))
+    return image_inputs(draw, s) | both | dict(guidance=torch.full((2,), 3.5))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# MiniMax-H3: one sequence of all
+
+
+def minimax_config(s):
+    width = dict(hidden_size=24, ffn_dim=16, freq_dim=8, time_embed_hidden_dim=12, time_embed_dim=10, rope_freq_dim=1)
+    heads = dict(num_attention_heads=s.heads, attention_head_dim=8, num_layers=2, num_refiner_layers=1)
+    return width | heads | dict(in_channels=4, audio_in_channels=3, text_dim=6)
+
+
+@case("MiniMaxH3Transformer3DModel", minimax_config, {"": {}})
+def minimax_h3(draw, variant, s):
+    """With audio; the first frame is given, so its timestep is another."""
+    order = torch.randperm(s.video + s.text + s.audio, generator=torch.Generator().manual_seed(5))
+    video, text, audio = (part.sort().values for part in order.split((s.video, s.text, s.audio)))
+    tags, times = torch.zeros_like(order), torch.zeros_like(order)
+    tags[text], tags[audio], times[video[: s.h * s.w]] = 1, 2, 1
+    inputs = dict(hidden_states=draw(2, s.video, 16), audio_hidden_states=draw(2, s.audio, 3))
+    inputs |= dict(encoder_hidden_states=draw(2, s.text, 6), position_ids=ids(len(order), 1, 1))
+    inputs |= dict(timestep=torch.tensor([0.9, 0.0]), timestep_indices=times, token_tags=tags)
+    return inputs | dict(video_indices=video, audio_indices=audio, text_indices=text)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# HunyuanVideo
+
+
+def hunyuan_config(s):
+    channels = dict(in_channels=4, out_channels=4, text_embed_dim=6, rope_axes_dim=(2, 2, 4), mlp_ratio=2.0)
+    return channels | dict(num_attention_heads=s.heads, attention_head_dim=8, num_layers=1, num_refiner_layers=1)
+
+
+def hunyuan1_config(s):
+    return hunyuan_config(s) | dict(num_single_layers=2, pooled_projection_dim=6)
+
+
+def framepack_config(s):
+    return hunyuan1_config(s) | dict(has_image_proj=True, image_proj_dim=5, has_clean_x_embedder=True)
+
+
+def hunyuan15_config(s):
+    return hunyuan_config(s) | dict(num_layers=2, text_embed_2_dim=5, image_embed_dim=4, target_size=64)
+
+
+def hunyuan_inputs(draw, s, batch=2):
+    inputs = dict(encoder_hidden_states=draw(batch, s.text, 6), encoder_attention_mask=ragged(s.text, batch))
+    inputs |= dict(timestep=TIMES[:batch], guidance=torch.tensor([6016.0, 1000.0])[:batch])
+    return inputs | dict(pooled_projections=draw(batch, 6))
+
+
+LATENT_CONCAT = dict(image_condition_type="latent_concat", in_channels=9)
+TOKEN_REPLACE = dict(image_condition_type="token_replace")
 
 
 @case(
-    "QwenImageTransformer2DModel",
-    {"all": QWEN | dict(patch_size=1), "edit": dict(zero_cond_t=True)},
-    ["", "masked", "edit", "control"],
+    "HunyuanVideoTransformer3DModel",
+    hunyuan1_config,
+    {"": {}, "latent_concat": LATENT_CONCAT, "token_replace": TOKEN_REPLACE},
 )
-def qwen(draw, variant):
-    """edit: a reference of 20 tokens behind the image's 25, modulated at time 0. control: residuals of a ControlNet."""
-    shapes = [[(1, 5, 5), (1, 4, 5)] if variant == "edit" else [(1, 5, 9)]] * 2
-    more = dict(encoder_hidden_states_mask=ragged()) if variant in ("masked", "edit") else {}
-    more |= dict(controlnet_block_samples=[draw(2, VIDEO, 40)]) if variant == "control" else {}
-    streams = dict(hidden_states=draw(2, VIDEO, 4), encoder_hidden_states=draw(2, TEXT, 6))
-    return streams | dict(timestep=torch.tensor([0.9, 0.1]), img_shapes=shapes) | more
-
-
-FLUX = dict(in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=5, joint_attention_dim=6, guidance_embeds=True)  # fmt: skip
-
-
-@case(
-    "FluxTransformer2DModel", {"all": FLUX | dict(pooled_projection_dim=6, axes_dims_rope=(2, 2, 4))}, ["", "kontext"]
-)
-def flux(draw, variant):
-    """kontext: a reference's tokens behind the image's, at index 1."""
-    image = torch.cat((ids(1, 5, 5), ids(1, 4, 5) + torch.tensor([1.0, 0, 0]))) if variant else ids(1, 5, 9)
-    streams = dict(
-        hidden_states=draw(2, VIDEO, 4), encoder_hidden_states=draw(2, TEXT, 6), pooled_projections=draw(2, 6)
-    )
-    times = dict(timestep=torch.tensor([0.9, 0.1]), guidance=torch.tensor([3.5, 3.5]))
-    return streams | times | dict(img_ids=image, txt_ids=torch.zeros(TEXT, 3))
-
-
-@case("Flux2Transformer2DModel", {"all": FLUX | dict(timestep_guidance_channels=8, axes_dims_rope=(2, 2, 2, 2))})
-def flux2(draw, variant):
-    streams = dict(hidden_states=draw(2, VIDEO, 4), encoder_hidden_states=draw(2, TEXT, 6))
-    times = dict(timestep=torch.tensor([0.9, 0.1]), guidance=torch.tensor([3.5, 3.5]))
-    places = dict(img_ids=ids(1, 5, 9, 1).expand(2, -1, -1), txt_ids=ids(1, 1, 1, TEXT).expand(2, -1, -1))
-    return streams | times | places
-
-
-MINIMAX = dict(num_attention_heads=5, attention_head_dim=8, hidden_size=24, num_layers=2, num_refiner_layers=1, ffn_dim=16, in_channels=4, audio_in_channels=3, text_dim=6, freq_dim=8, time_embed_hidden_dim=12, time_embed_dim=10, rope_freq_dim=1)  # fmt: skip
-
-
-@case("MiniMaxH3Transformer3DModel", {"all": MINIMAX})
-def minimax_h3(draw, variant):
-    """With audio: 63 tokens in one sequence; the first frame is given, so its timestep is another."""
-    order = torch.randperm(VIDEO + TEXT + AUDIO, generator=torch.Generator().manual_seed(5))
-    video, text, audio = (part.sort().values for part in order.split((VIDEO, TEXT, AUDIO)))
-    tags = torch.zeros(len(order), dtype=torch.long)
-    tags[text], tags[audio] = 1, 2
-    times = torch.zeros(len(order), dtype=torch.long)
-    times[video[:9]] = 1
-    streams = dict(
-        hidden_states=draw(2, VIDEO, 16), audio_hidden_states=draw(2, AUDIO, 3), encoder_hidden_states=draw(2, TEXT, 6)
-    )
-    rows = dict(timestep=torch.tensor([0.9, 0.0]), timestep_indices=times, token_tags=tags)
-    places = dict(position_ids=ids(len(order), 1, 1), video_indices=video, audio_indices=audio, text_indices=text)
-    return streams | rows | places
-
-
-HUNYUAN = dict(in_channels=4, out_channels=4, num_attention_heads=5, attention_head_dim=8, num_layers=1, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=6, rope_axes_dim=(2, 2, 4))  # fmt: skip
-SINGLE = dict(num_single_layers=2, pooled_projection_dim=6)
-KINDS = {kind: dict(image_condition_type=kind) for kind in ("latent_concat", "token_replace")}
-KINDS["latent_concat"] |= dict(in_channels=9)
-
-
-@case("HunyuanVideoTransformer3DModel", {"all": HUNYUAN | SINGLE} | KINDS, ["", *KINDS])
-def hunyuan_video(draw, variant):
+def hunyuan_video(draw, variant, s):
     channels = 9 if variant == "latent_concat" else 4
-    streams = dict(
-        hidden_states=draw(2, channels, 5, 6, 6),
-        encoder_hidden_states=draw(2, TEXT, 6),
-        encoder_attention_mask=ragged(),
-    )
-    times = dict(timestep=torch.tensor([900.5, 3.25]), guidance=torch.tensor([6016.0, 1000.0]))
-    return streams | times | dict(pooled_projections=draw(2, 6))
+    return hunyuan_inputs(draw, s) | dict(hidden_states=draw(2, channels, s.T, 2 * s.h, 2 * s.w))
 
 
-HISTORY = dict(has_image_proj=True, image_proj_dim=5, has_clean_x_embedder=True)
+@case("HunyuanVideoFramepackTransformer3DModel", framepack_config, {"": {}, "one sample": {}})
+def framepack(draw, variant, s):
+    """The text of one sample is trimmed by the model, which builds no mask then."""
+    batch = 1 if variant else 2
+    frames = dict(hidden_states=s.T, latents_clean=2, latents_history_2x=2, latents_history_4x=4)
+    inputs = {name: draw(batch, 4, count, 2 * s.h, 2 * s.w) for name, count in frames.items()}
+    starts = dict(latents=8, latents_clean=6, latents_history_2x=4, latents_history_4x=0)
+    for (name, start), count in zip(starts.items(), frames.values()):
+        inputs[f"indices_{name}"] = torch.arange(start, start + count)
+    return inputs | hunyuan_inputs(draw, s, batch) | dict(image_embeds=draw(batch, 3, 5))
 
 
-@case("HunyuanVideoFramepackTransformer3DModel", {"all": HUNYUAN | SINGLE | HISTORY}, ["", "one sample"])
-def framepack(draw, variant):
-    batch = 1 if variant else 2  # one sample's text is trimmed by the model, and no mask is built
-    frames = dict(hidden_states=5, latents_clean=2, latents_history_2x=2, latents_history_4x=4)
-    streams = {name: draw(batch, 4, count, 6, 6) for name, count in frames.items()}
-    starts = dict(indices_latents=(8, 5), indices_latents_clean=(6, 2), indices_latents_history_2x=(4, 2), indices_latents_history_4x=(0, 4))  # fmt: skip
-    places = {name: torch.arange(start, start + count) for name, (start, count) in starts.items()}
-    text = dict(
-        encoder_hidden_states=draw(batch, TEXT, 6), encoder_attention_mask=ragged(batch), image_embeds=draw(batch, 3, 5)
-    )
-    times = dict(timestep=torch.tensor([900.5, 3.25])[:batch], guidance=torch.tensor([6016.0, 1000.0])[:batch])
-    return streams | places | text | times | dict(pooled_projections=draw(batch, 6))
-
-
-FIFTEEN = dict(num_layers=2, text_embed_2_dim=5, image_embed_dim=4, target_size=64)
-
-
-@case("HunyuanVideo15Transformer3DModel", {"all": HUNYUAN | FIFTEEN}, ["t2v", "i2v"])
-def hunyuan_video15(draw, variant):
+@case("HunyuanVideo15Transformer3DModel", hunyuan15_config, {"t2v": {}, "i2v": {}})
+def hunyuan_video15(draw, variant, s):
     """The model puts the padding of its three texts last; without an image all of the image's tokens are padding."""
-    streams = dict(hidden_states=draw(2, 4, 5, 3, 3), timestep=torch.tensor([900.5, 3.25]).double())
-    text = dict(encoder_hidden_states=draw(2, TEXT, 6), encoder_attention_mask=ragged())
-    glyphs = dict(encoder_hidden_states_2=draw(2, 4, 5), encoder_attention_mask_2=ragged(2, 4))
-    image = draw(2, 3, 4) if variant == "i2v" else torch.zeros(2, 3, 4).double()
-    return streams | text | glyphs | dict(image_embeds=image)
+    inputs = dict(hidden_states=draw(2, 4, s.T, s.h, s.w), timestep=TIMES.double())
+    inputs |= dict(encoder_hidden_states=draw(2, s.text, 6), encoder_attention_mask=ragged(s.text))
+    inputs |= dict(encoder_hidden_states_2=draw(2, 4, 5), encoder_attention_mask_2=ragged(4))
+    return inputs | dict(image_embeds=draw(2, 3, 4) * (variant == "i2v"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
