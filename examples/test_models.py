@@ -19,7 +19,7 @@ from test_sp import draws
 
 # latents of T x h x w patches; images of one and of two parts; nothing divides by 2, and the 45 video tokens alone by 3
 UNEVEN = SimpleNamespace(heads=5, T=5, h=3, w=3, video=45, text=7, audio=11, image=(5, 9), parts=((5, 5), (4, 5)))
-EVEN = SimpleNamespace(heads=6, T=4, h=3, w=4, video=48, text=6, audio=12, image=(6, 8), parts=((5, 6), (3, 6)))
+EVEN = SimpleNamespace(heads=6, T=5, h=3, w=4, video=60, text=6, audio=12, image=(6, 10), parts=((6, 6), (4, 6)))
 CASES = {}
 
 

@@ -1,0 +1,112 @@
+"""The trainer of Wan's LoRA: one loss curve on every layout, and the whole journey from videos to diffusers' pipeline."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from examples.train_wan_lora import TINY
+from full.video import mp4
+from test_sp import close, fork, launch, losses
+
+TRAINER = "examples.train_wan_lora"
+TEXTS = {"a": "a red square moves up", "b": "a blue square  moves\ndown", "c": "blue"}
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    """A complete Wan, tiny and random, as diffusers writes it."""
+    folder = tmp_path_factory.mktemp("wan")
+    torch.manual_seed(0)
+    words = {
+        word: n for n, word in enumerate(["<pad>", "</s>", "<unk>", *sorted(set(" ".join(TEXTS.values()).split()))])
+    }
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    encoder = UMT5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    vae = AutoencoderKLWan(base_dim=4, z_dim=16, num_res_blocks=1, dim_mult=[1, 1, 1, 1])
+    parts = dict(text_encoder=UMT5EncoderModel(encoder), transformer=WanTransformer3DModel(**TINY))
+    WanPipeline(tokenizer, vae=vae, scheduler=UniPCMultistepScheduler(flow_shift=3.0), **parts).save_pretrained(folder)
+    return folder
+
+
+def test_one_curve_on_every_layout(tmp_path):
+    """--batch 3 does not divide by dp 2, nor the 45 tokens and 5 heads by sp 2."""
+    flags = ["--steps", 4, "--batch", 3, "--accumulation", 2, "--warmup", 1, "--lr", 1e-2]
+    curves = []
+    for dp, sp in ((1, 1), (1, 2), (2, 1)):
+        out = tmp_path / f"{dp}x{sp}"
+        told = fork(TRAINER, *flags, "--dp", dp, "--sp", sp, "--out", out, ranks=dp * sp, out=tmp_path)
+        assert [code for code, _ in told] == [0] * dp * sp, told
+        curves.append(torch.tensor([entry["loss"] for entry in losses(out)]))
+    assert curves[0][0] != curves[0][3]
+    for curve in curves[1:]:
+        assert (curve / curves[0] - 1).abs().max() < 1e-6, curves
+
+
+def test_from_videos_to_the_pipeline(snapshot, tmp_path):
+    videos, data, out = tmp_path / "videos", tmp_path / "latents", tmp_path / "lora"
+    videos.mkdir()
+    for n, (name, text) in enumerate(TEXTS.items()):
+        frames = torch.zeros(20, 32, 48, 3, dtype=torch.uint8)
+        frames[:, 8:20, 8:20, n % 3] = 200
+        (videos / f"{name}.mp4").write_bytes(mp4(frames))
+        (videos / f"{name}.txt").write_text(text)
+    (videos / "none.mp4").write_bytes(b"no video")
+    (videos / "none.txt").write_text("nothing")
+    size = ["--height", 32, "--width", 48, "--frames", 9]
+    told = fork(TRAINER, "--model", snapshot, "--encode", videos, "--data", data, *size, ranks=2, out=tmp_path)
+    assert [code for code, _ in told] == [0, 0] and "skipping" in told[0][1] + told[1][1], told
+    assert sorted(file.name for file in data.iterdir()) == [
+        "a.mp4.safetensors",
+        "b.mp4.safetensors",
+        "c.mp4.safetensors",
+    ]
+
+    pipeline = WanPipeline.from_pretrained(snapshot)
+    pipeline.set_progress_bar_config(disable=True)
+    for name, text in TEXTS.items():
+        sample = load_file(data / f"{name}.mp4.safetensors")
+        assert sample["latents"].shape == (16, 3, 4, 6)
+        theirs, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=16)
+        close(sample["text"], theirs[0, : len(sample["text"])], 1e-5)
+        assert not theirs[0, len(sample["text"]) :].any()
+
+    flags = ["--model", snapshot, "--data", data, "--rank", 4, "--steps", 3, "--batch", 2, "--lr", 1e-2, "--sp", 2]
+    told = fork(TRAINER, *flags, "--out", out, ranks=2, out=tmp_path)
+    assert [code for code, _ in told] == [0, 0], told
+    given = dict(
+        prompt="red", height=32, width=48, num_frames=9, num_inference_steps=2, output_type="latent", guidance_scale=1.0
+    )
+    before = pipeline(**given, generator=torch.Generator().manual_seed(0)).frames
+    pipeline.load_lora_weights(out)
+    after = pipeline(**given, generator=torch.Generator().manual_seed(0)).frames
+    saved = load_file(out / "pytorch_lora_weights.safetensors")
+    loaded = {name: p for name, p in pipeline.transformer.named_parameters() if "lora_" in name}
+    assert len(saved) == len(loaded) == 2 * 2 * (4 + 4 + 2) and not torch.equal(before, after)
+    for name, param in loaded.items():
+        theirs = "transformer." + name.replace(".default_0", "")
+        assert torch.equal(saved[theirs], param) and saved[theirs].any(), name
+    assert all(
+        module.scaling["default_0"] == 1.0 for module in pipeline.transformer.modules() if hasattr(module, "scaling")
+    )
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--encode", "x"], "--encode needs --model"),
+    (["--data", "nowhere"], "--data nowhere holds no .safetensors"),
+    (["--dp", "2"], "world size 1 is not a multiple of data_parallel_size 2"),
+])  # fmt: skip
+def test_bad_flags(flags, told, tmp_path):
+    ((code, printed),) = fork(TRAINER, *flags, "--steps", 1, "--out", tmp_path / "out", out=tmp_path)
+    assert code and told in printed, printed
+
+
+def test_the_lesson_of_wan(tmp_path):
+    code, printed = launch("-m", "examples.wan", ranks=3, out=tmp_path)
+    assert code == 0 and "rank 2: 15 tokens and all heads; in attn1 all tokens and 1 heads" in printed, printed
