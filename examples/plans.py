@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from comm import gather_sequence, group_rank, split_sequence, split_sizes
+from comm import gather_sequence, group_rank, group_size, split_sequence, split_sizes
 
 try:  # the private names of diffusers, here alone: if one has moved, import it from its new place
     from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
@@ -161,6 +161,16 @@ def skyreels_v2(model):
     }
 
 
+def helios(model):
+    """Helios: its own plan, which splits around each layer, for any depth."""
+    if model.config.is_amplify_history:
+        raise ValueError(
+            "HeliosTransformer3DModel with is_amplify_history: its attention finds the history by whole lengths"
+        )
+    own = {path: rules for path, rules in getattr(model, OWN_PLAN).items() if "*" in path}
+    return own | {path.replace("*", str(n)): gather for path in own for n in range(len(model.blocks))}
+
+
 def with_residuals(model):
     """Qwen-Image, FLUX.1: their own plans lack what a ControlNet adds to the tokens of each block."""
     plan = getattr(model, OWN_PLAN)
@@ -171,6 +181,7 @@ def with_residuals(model):
 PLANS = {
     "FluxTransformer2DModel": with_residuals,
     "QwenImageTransformer2DModel": with_residuals,
+    "HeliosTransformer3DModel": helios,
     "HunyuanVideoTransformer3DModel": hunyuan_video,
     "HunyuanVideoFramepackTransformer3DModel": framepack,
     "HunyuanVideo15Transformer3DModel": hunyuan_video15,
@@ -243,7 +254,10 @@ def split(x, rule, where, sp):
         return type(x)(split(part, rules[n], (*where, n), sp) for n, part in enumerate(x))
     if not torch.is_tensor(x) or rule.expected_dims not in (None, x.dim()):
         return x
-    sp.lengths[where] = x.shape[rule.split_dim]
+    length = x.shape[rule.split_dim]
+    if length < group_size(sp.group):  # the model's own code need not work on no tokens
+        raise ValueError(f"{sp.path}: {where[1]} has {length} tokens, fewer than the {group_size(sp.group)} ranks")
+    sp.lengths[where] = length
     return split_sequence(x, sp.group, rule.split_dim)
 
 

@@ -15,7 +15,7 @@ import test_sp
 from comm import split_sequence
 from examples.diffusers_any import Split, parallelise
 from examples.plans import gather, plan_of, tokens
-from examples.test_models import CASES, UNEVEN, build, compare, errors, run, wan_config
+from examples.test_models import CASES, UNEVEN, all_in_float64, build, compare, errors, run, wan_config
 from examples.wan import sequence_parallel
 from test_sp import assert_ok, close, draws, gather_then_slice
 
@@ -206,11 +206,37 @@ def check_what_is_refused(pm, folder):
         model.blocks[1].attn1.processor = Direct()
 
     refused("wan 2.1 t2v", None, "Direct attends to the keys of one rank", past_the_dispatcher)
-    model, inputs = build("wan 2.1 t2v")
-    model.enable_gradient_checkpointing()
-    parallelise(model, pm.sp_group)
-    with pytest.raises(ValueError, match="is parallel already"):
+
+    def of_another_sample(model, inputs):
+        inputs["encoder_hidden_states"] += pm.rank
+
+    refused(
+        "wan 2.1 t2v", None, "input encoder_hidden_states is .* in shape and mean on the first rank", of_another_sample
+    )
+    with pytest.raises(ValueError, match="encoder_hidden_states has 1 tokens, fewer than the 2 ranks"):
+        model, inputs = build("flux")
+        inputs |= dict(encoder_hidden_states=inputs["encoder_hidden_states"][:, :1], txt_ids=inputs["txt_ids"][:1])
+        parallelise(model, pm.sp_group)(**inputs)
+    with pytest.raises(ValueError, match="FluxTransformer2DModel is parallel already"):
         parallelise(model, pm.sp_group)
+
+
+def check_several_lengths(pm, folder):
+    """Gradients of two lengths at once; with checkpointing the second forward must wait for the first's backward."""
+    model, inputs = build("wan 2.1 t2v")
+    short = inputs | dict(hidden_states=inputs["hidden_states"][:, :, :3])
+    truth = [run(model, given)[1] for given in (inputs, short)]
+    parallelise(model, pm.sp_group)
+    model.zero_grad()
+    with all_in_float64():
+        outs = [model(**given, return_dict=False)[0] for given in (inputs, short)]
+        sum((out * draws(7)(out.shape)).sum() / pm.sp_size for out in outs).backward()
+    ours = {name: pm.sum(p.grad, pm.sp_group) for name, p in model.named_parameters()}
+    assert max(errors(ours, {name: grad + truth[1][name] for name, grad in truth[0].items()}).values()) < 1e-11
+    model.enable_gradient_checkpointing()
+    outs = [model(**given, return_dict=False)[0] for given in (inputs, short)]
+    with pytest.raises(ValueError, match="a forward of other lengths came before this backward"):
+        outs[0].sum().backward()
 
 
 @pytest.mark.parametrize("kind, config, plan, words", [
@@ -234,10 +260,9 @@ def test_one_device():
 
 
 def test_every_model_has_a_case():
-    """Those of plans.py and those with a plan of their own, but for two that no case can be made of: see README.md."""
     have = {kind for kind in dir(diffusers) if getattr(getattr(diffusers, kind, None), examples.plans.OWN_PLAN, None)}
     have |= {*examples.plans.PLANS}
-    assert have - {case[0] for case in CASES.values()} == {"HeliosTransformer3DModel"}
+    assert have == {case[0] for case in CASES.values()}
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}

@@ -116,6 +116,19 @@ def skyreels_v2(draw, variant, s):
     return wan_inputs(draw, s) | (forcing if variant else {})
 
 
+def helios_config(s):
+    return wan_config(s) | dict(rope_dim=(4, 4, 4))
+
+
+@case("HeliosTransformer3DModel", helios_config, {"": {}, "history": {}})
+def helios(draw, variant, s):
+    inputs = wan_inputs(draw, s) | dict(indices_hidden_states=torch.arange(20, 20 + s.T).expand(2, -1))
+    for name, (start, count) in dict(short=(17, 3), mid=(15, 2), long=(11, 4)).items() if variant else ():
+        inputs[f"latents_history_{name}"] = draw(2, 4, count, 2 * s.h, 2 * s.w)
+        inputs[f"indices_latents_history_{name}"] = torch.arange(start, start + count).expand(2, -1)
+    return inputs
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # LTX
 

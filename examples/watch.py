@@ -1,7 +1,8 @@
-"""What ranks ask each other, and a watch over attention that would silently see the keys of one rank alone."""
+"""What ranks ask each other, and a watch over a model's first forward: for what would be silently wrong."""
 
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,10 +28,23 @@ def is_whole(x, group):
     return all(len(each) == len(marks) and torch.allclose(each, marks, 1e-3, slack) for each in others)
 
 
-class Watch(TorchFunctionMode):
-    """Attention in a model's forward that no exchange surrounds: ValueError unless its keys are whole on every rank.
+def check_inputs(inputs, group):
+    """Raise ValueError if a tensor of {name: value} is not the same on all ranks, each of which would take its part of it."""
+    marks = {name: [*x.shape, x.double().mean().item()] for name, x in inputs.items() if torch.is_tensor(x)}
+    everyone = ask(group, marks)
+    for rank, theirs in enumerate(everyone):
+        for name, mark in everyone[0].items():
+            other = theirs.get(name, ())
+            if len(other) != len(mark) or not np.allclose(other, mark, rtol=1e-3, equal_nan=True):
+                raise ValueError(
+                    f"input {name} is {mark} in shape and mean on the first rank and {other} on rank {rank}"
+                )
 
-    It works in the first forward with each set of arguments, of models that are not compiled (then: before they are).
+
+class Watch(TorchFunctionMode):
+    """ValueError for inputs that differ between ranks, and for attention outside of the exchange to keys of one rank alone.
+
+    It works in the first forward with each set of arguments; for attention, of models that are not compiled yet.
     """
 
     def __init__(self, model, group):
@@ -41,9 +55,11 @@ class Watch(TorchFunctionMode):
 
     def start(self, model, args, kwargs):
         given = len(args), *sorted(name for name, value in kwargs.items() if value is not None)
-        compiled = torch.compiler.is_compiling() or any(module._compiled_call_impl for module in model.modules())
-        if not compiled and given not in self.seen:
-            self.seen.add(given)
+        if torch.compiler.is_compiling() or given in self.seen:
+            return
+        self.seen.add(given)
+        check_inputs(dict(enumerate(args)) | kwargs, self.group)
+        if not any(module._compiled_call_impl for module in model.modules()):
             self.on = True
             self.__enter__()
 
