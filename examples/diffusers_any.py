@@ -16,7 +16,7 @@ from functools import partial, wraps
 import torch
 
 from comm import split_sequence, split_sizes, ulysses
-from examples.plans import ARGUMENTS, BACKENDS, CONFIG, add_hooks, plan_of
+from examples.plans import BACKENDS, CONFIG, add_hooks, plan_of
 from examples.watch import Watch, ask, is_whole
 
 
@@ -37,8 +37,7 @@ def parallelise(model, group, plan=None):
     Watch(model, group)
     for name, native in BACKENDS.items():
         if not hasattr(native, "exchanges"):
-            BACKENDS[name] = with_exchange(native, CONFIG in ARGUMENTS[name])
-            ARGUMENTS[name].add(CONFIG)
+            BACKENDS[name] = with_exchange(native)
     return model
 
 
@@ -70,15 +69,16 @@ class Split:
         return found.get(sizes, ())
 
 
-def with_exchange(native, takes_config):
+def with_exchange(native):
     """Return an attention backend of diffusers that trades tokens for heads where the processor holds a Split."""
 
     @wraps(native)
-    def attention(query, key, value, **rules):
-        config = rules.pop(CONFIG, None)
-        if isinstance(config, Split):
-            return exchange(native, config, query, key, value, **rules)
-        return native(query, key, value, **rules, **({CONFIG: config} if takes_config else {}))
+    def attention(*given, **rules):
+        config = rules.get(CONFIG)
+        if not isinstance(config, Split):
+            return native(*given, **rules)
+        del rules[CONFIG]
+        return exchange(native, config, *given, **rules)
 
     attention.exchanges = True
     return attention

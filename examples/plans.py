@@ -29,7 +29,6 @@ try:  # the private names of diffusers, here alone: if one has moved, import it 
     BACKENDS = (
         _AttentionBackendRegistry._backends
     )  # {name: function (query, key, value [B, L, H, D], ..) -> [B, L, H, D]}
-    ARGUMENTS = _AttentionBackendRegistry._supported_arg_names  # {name: what that function is given}
 except (ImportError, AttributeError) as gone:
     import diffusers
 

@@ -1,5 +1,7 @@
 """The trainer of Wan's LoRA: one loss curve on every layout, and the whole journey from videos to diffusers' pipeline."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -8,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from examples.train_wan_lora import TINY
-from full.video import mp4
+from examples.wan_samples import read_at_rate
+from full.video import mp4, read_frames
 from test_sp import close, fork, losses
 
 TRAINER = "examples.train_wan_lora"
@@ -24,7 +27,7 @@ def snapshot(tmp_path_factory):
         word: n for n, word in enumerate(["<pad>", "</s>", "<unk>", *sorted(set(" ".join(TEXTS.values()).split()))])
     }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
@@ -59,7 +62,7 @@ def test_from_videos_to_the_pipeline(snapshot, tmp_path):
         (videos / f"{name}.txt").write_text(text)
     (videos / "none.mp4").write_bytes(b"no video")
     (videos / "none.txt").write_text("nothing")
-    size = ["--height", 32, "--width", 48, "--frames", 9]
+    size = ["--height", 32, "--width", 48, "--frames", 9, "--rate", 24]
     told = fork(TRAINER, "--model", snapshot, "--encode", videos, "--data", data, *size, ranks=2, out=tmp_path)
     assert [code for code, _ in told] == [0, 0] and "skipping" in told[0][1] + told[1][1], told
     assert sorted(file.name for file in data.iterdir()) == [
@@ -70,9 +73,13 @@ def test_from_videos_to_the_pipeline(snapshot, tmp_path):
 
     pipeline = WanPipeline.from_pretrained(snapshot)
     pipeline.set_progress_bar_config(disable=True)
+    vae = pipeline.vae
     for name, text in TEXTS.items():
         sample = load_file(data / f"{name}.mp4.safetensors")
-        assert sample["latents"].shape == (16, 3, 4, 6)
+        frames = read_frames(videos / f"{name}.mp4", Namespace(height=32, width=48, frames=9, no_buckets=True))
+        pixels = pipeline.video_processor.preprocess_video(frames, 32, 48)
+        mean, std = (torch.tensor(x)[:, None, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
+        close(sample["latents"] * std + mean, vae.encode(pixels).latent_dist.mode()[0].detach(), 1e-5)
         theirs, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=16)
         close(sample["text"], theirs[0, : len(sample["text"])], 1e-5)
         assert not theirs[0, len(sample["text"]) :].any()
@@ -95,6 +102,16 @@ def test_from_videos_to_the_pipeline(snapshot, tmp_path):
     assert all(
         module.scaling["default_0"] == 1.0 for module in pipeline.transformer.modules() if hasattr(module, "scaling")
     )
+
+
+def test_frames_of_another_rate(tmp_path):
+    """A clip that brightens by 10 a frame, 24 frames a second: at 16 every third frame and the one in the middle."""
+    clip = (10 * torch.arange(20, dtype=torch.uint8))[:, None, None, None].expand(-1, 32, 32, 3).contiguous()
+    (tmp_path / "clip.mp4").write_bytes(mp4(clip))
+    for frames, rate, wanted in ((81, 16.0, 9), (5, 16.0, 5), (81, 24.0, 17), (9, 8.0, 5)):
+        images = read_at_rate(tmp_path / "clip.mp4", Namespace(height=32, width=32, frames=frames, rate=rate))
+        places = [round(image.getpixel((9, 9))[0] / 10) for image in images]
+        assert places == [round(n * 24 / rate) for n in range(wanted)], (frames, rate, places)
 
 
 @pytest.mark.parametrize("flags, told", [
