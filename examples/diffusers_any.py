@@ -25,9 +25,7 @@ def parallelise(model, group, plan=None):
     plan, kind, lengths = plan or plan_of(model), type(model).__name__, {}
     attentions = {path: m for path, m in model.named_modules() if hasattr(getattr(m, "processor", None), CONFIG)}
     if not attentions:
-        raise ValueError(
-            f"{kind} has no attention whose processor has a {CONFIG}: it does not use diffusers' dispatcher"
-        )
+        raise ValueError(f"{kind} has no attention whose processor has a {CONFIG}, for diffusers' dispatcher")
     if any(isinstance(getattr(module.processor, CONFIG), Split) for module in attentions.values()):
         raise ValueError(f"{kind} is parallel already")
     for path, module in attentions.items():
@@ -53,9 +51,8 @@ class Split:
         known = self.known.setdefault(tuple(self.lengths.items()), {})
         if numbers not in known:
             if known and torch._C._current_graph_task_id() != -1:  # in backward, where the other ranks may not ask
-                raise ValueError(
-                    f"{self.path}: with checkpointing, a forward of other lengths came before this backward"
-                )
+                cause = "with checkpointing, a forward of other lengths came before this backward"
+                raise ValueError(f"{self.path}: {cause}")
             known[numbers] = decide(*zip(*ask(self.group, numbers)))
         return known[numbers]
 
@@ -64,8 +61,8 @@ class Split:
         found = {}
         for length in self.lengths.values():
             part = split_sizes(length, self.group)
-            longer = {tuple(map(sum, zip(joined, part))): (*lengths, length) for joined, lengths in found.items()}
-            found = longer | found | {tuple(part): (length,)}
+            joined = {tuple(map(sum, zip(sums, part))): (*streams, length) for sums, streams in found.items()}
+            found = joined | found | {tuple(part): (length,)}
         return found.get(sizes, ())
 
 
@@ -118,13 +115,13 @@ def layout(sp, query, key, causal, tokens, key_tokens, rows, columns):
     whole_rows = {1} if len(length) != 1 else {1, sum(tokens)}
     whole_mask = not keys_mask and len(keys) == 1 and set(columns) == {sum(key_tokens)} and set(rows) <= whole_rows
     facts = f"{sp.path}: the ranks hold {tokens} queries, {key_tokens} keys, a mask of {rows} x {columns}"
-    if not keys or not (keys_mask or whole_mask):
-        if not is_whole(key, sp.group):
-            cause = "a stream is missing in the plan, or its mask is not split as its tokens are"
-            raise ValueError(f"{facts}; the plan splits {sorted(set(sp.lengths.values()))}: {cause}")
-        return length, (), False
-    if not length and not is_whole(query, sp.group):
-        raise ValueError(f"{facts}; the plan splits {sorted(set(sp.lengths.values()))}: a stream of queries is missing")
+    facts += f"; the plan splits {sorted(set(sp.lengths.values()))}"
     if causal and (len(keys) > 1 or keys != length):
         raise ValueError(f"{facts}: causal attention needs one stream, since several arrive rank by rank")
-    return length or sum(tokens), keys, whole_mask
+    if not length and not is_whole(query, sp.group):
+        raise ValueError(f"{facts}: a stream of the queries is missing in the plan")
+    if keys and (keys_mask or whole_mask):
+        return length or sum(tokens), keys, whole_mask
+    if not is_whole(key, sp.group):
+        raise ValueError(f"{facts}: a stream is missing in the plan, or its mask is not split as its tokens are")
+    return length, (), False

@@ -26,19 +26,14 @@ try:  # the private names of diffusers, here alone: if one has moved, import it 
     from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-    BACKENDS = (
-        _AttentionBackendRegistry._backends
-    )  # {name: function (query, key, value [B, L, H, D], ..) -> [B, L, H, D]}
+    BACKENDS = _AttentionBackendRegistry._backends  # {name: function of query, key, value [B, L, H, D]}
 except (ImportError, AttributeError) as gone:
     import diffusers
 
-    raise ImportError(
-        f"diffusers {diffusers.__version__} has moved what the examples lean on, known to 0.42: {gone}"
-    ) from None
-CONFIG = (
-    "_parallel_config"  # the attribute that a processor hands to the attention backend as its argument of that name
-)
-OWN_PLAN = "_cp_plan"  # the attribute of a model's class
+    moved = f"diffusers {diffusers.__version__} has moved what examples/plans.py imports, known to 0.42: {gone}"
+    raise ImportError(moved) from None
+CONFIG = "_parallel_config"  # of a processor, which hands it to the backend as an argument of that name
+OWN_PLAN = "_cp_plan"  # of a model's class
 
 tokens = ContextParallelInput(split_dim=1)
 rope = {n: ContextParallelInput(split_dim=0, split_output=True) for n in (0, 1)}  # cos and sin, [N, D]

@@ -1,6 +1,8 @@
 """`parallelise` on the ranks of each layout: exact, trained under dp x sp, and what would be wrong is red or refused."""
 
 import inspect
+import runpy
+import sys
 from contextlib import nullcontext
 from unittest import mock
 
@@ -30,6 +32,12 @@ def test_the_version_that_these_tests_know():
     )
     for name, backend in BACKENDS.items():  # to one that takes none the exchange would never be handed
         assert CONFIG in inspect.signature(backend).parameters, name
+
+
+def test_a_name_that_is_gone():
+    with mock.patch.dict(sys.modules, {"diffusers.models._modeling_parallel": None}):
+        with pytest.raises(ImportError, match="diffusers 0.* has moved what examples/plans.py imports"):
+            runpy.run_path(examples.plans.__file__)
 
 
 def check_exact(pm, folder, names=IN_THE_SUITE, tolerance=1e-11):
@@ -184,7 +192,11 @@ def check_what_is_refused(pm, folder):
     without_text = flux | {
         "": {key: rule for key, rule in flux[""].items() if key not in ("encoder_hidden_states", "txt_ids")}
     }
-    refused("flux", without_text, "transformer_blocks.0.attn: the ranks hold .* a stream is missing in the plan")
+    refused(
+        "flux",
+        without_text,
+        "transformer_blocks.0.attn: the ranks hold .* a stream of the queries is missing in the plan",
+    )
     unmasked = qwen | {"transformer_blocks.*": {"modulate_index": tokens}}
     refused("qwen masked", unmasked, "its mask is not split as its tokens are")
     refused(

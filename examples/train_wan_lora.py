@@ -55,7 +55,7 @@ def parse(argv=None):
     flag("--sigmas", type=float, nargs=2, default=(0.0, 1.0), help="draw noise levels between these")
     flag("--seed", type=int, default=0)
     flag("--save_every", type=int, default=200, help="steps between saves; one is made at the end")
-    flag("--out", default="wan-lora")
+    flag("--out", default="out-wan", help="folder of the LoRA and log.jsonl")
     flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     flag("--compile", action="store_true", help="torch.compile both sides of each block's attention")
     return parser.parse_args(argv)
@@ -97,7 +97,7 @@ def build_model(pm, args):
     dtype = torch.bfloat16 if pm.device.type == "cuda" else torch.float32
     torch.manual_seed(args.seed)  # all ranks start from the same LoRA
     if args.model:
-        model = WanTransformer3DModel.from_pretrained(args.model, subfolder=args.part, torch_dtype=dtype)
+        model = WanTransformer3DModel.from_pretrained(args.model, subfolder=args.part, dtype=dtype)
     else:
         model = WanTransformer3DModel(**TINY)
     if model.config.in_channels != model.config.out_channels:
@@ -121,7 +121,8 @@ def train_step(pm, model, optimizer, micro_batches, lr, clip):
     loss = 0.0
     for n, batch in enumerate(micro_batches, 1):
         batch = {name: x.to(pm.device) for name, x in batch.items()}
-        inputs = batch["latents"].to(model.dtype), batch["timestep"], batch["text"].to(model.dtype)
+        dtype = model.patch_embedding.weight.dtype  # the LoRA's is another
+        inputs = batch["latents"].to(dtype), batch["timestep"], batch["text"].to(dtype)
         velocity = model(*inputs, return_dict=False)[0]
         error = (velocity.float() - batch["target"]).square().flatten(1).mean(1)
         # the outputs are whole: the sp ranks have the same loss, and each answers for its share of it

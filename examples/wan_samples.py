@@ -94,7 +94,7 @@ def encode(pm, args):
         raise ValueError(f"--height {args.height} and --width {args.width} must be multiples of {patches}")
     tokenizer = AutoTokenizer.from_pretrained(args.model, subfolder="tokenizer")
     dtype = torch.bfloat16 if pm.device.type == "cuda" else torch.float32
-    text_encoder = UMT5EncoderModel.from_pretrained(args.model, subfolder="text_encoder", torch_dtype=dtype)
+    text_encoder = UMT5EncoderModel.from_pretrained(args.model, subfolder="text_encoder", dtype=dtype)
     text_encoder = text_encoder.to(pm.device)
     Path(args.data).mkdir(parents=True, exist_ok=True)
     made = 0
