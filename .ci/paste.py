@@ -19,8 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-BENCH = "--bench" in sys.argv
-if not BENCH:
+if "--bench" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # float64 on CPUs
 
 import diffusers
@@ -32,12 +31,11 @@ from comm import ParallelManager
 from examples.diffusers_any import parallelise
 from examples.plans import OWN_PLAN, PLANS
 
-if not BENCH:  # they need pytest
+if "--bench" not in sys.argv:  # they need pytest
     import test_sp
     from examples import test_models
     from examples.test_models import CASES, build, errors, run
 
-HERE = "paste"  # this module's name on the ranks
 PASSED = 1e-11
 
 
@@ -209,33 +207,30 @@ def timed(pm, work, rounds=3):
 CHECKS = dict(ours=check_ours, theirs=check_theirs)
 
 
-def on_ranks(ranks, check, folder, **options):
-    """Run a check on ranks of one group and print what the first of them printed. Return whether all ended well."""
-    test_sp.PRELOAD[:] = ["test_sp", "examples.test_models", "torch._dynamo"]
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
+def on_ranks(ranks, check, **options):
+    """Run a check on ranks of one group and print the rows of the first of them. Return whether all went well."""
+    here = Path(__file__).resolve().parent
+    sys.path.insert(0, str(here))  # where the ranks find this module
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    codes = test_sp.spawn(f"1x{ranks}", HERE, {check: options}, folder)
-    printed = (folder / f"1x{ranks}.0.printed").read_text()
-    print("\n".join(line for line in printed.splitlines() if " sp " in line), flush=True)
+    test_sp.PRELOAD[:] = ["examples.test_models", "torch._dynamo"]
+    with tempfile.TemporaryDirectory() as folder:
+        codes = test_sp.spawn(f"1x{ranks}", Path(__file__).stem, {check: options}, Path(folder))
+        printed = Path(folder, f"1x{ranks}.0.printed").read_text()
+    print("\n".join(line for line in printed.splitlines() if f" sp {ranks} " in line), flush=True)
     return set(codes) == {0} and "FAILED" not in printed
 
 
 if __name__ == "__main__":
-    if BENCH:
+    if "--bench" in sys.argv:
         bench("--tiny" in sys.argv).close()
     begins = tuple(word for word in sys.argv[1:] if word[:1] != "-")
     names = [name for name in CASES if not begins or name.startswith(begins)]
-    print(
-        f"diffusers {diffusers.__version__}, torch {torch.__version__}, {len(names)} cases in float64, errors relative"
-    )
-    folder, well = Path(tempfile.mkdtemp()), True
-    for ranks in (2, 3) if "--diffusers" in sys.argv else (2, 3, 4):
-        if "--diffusers" in sys.argv:
-            for sizes in ("even", "uneven"):
-                well &= on_ranks(ranks, "theirs", Path(tempfile.mkdtemp()), names=names, sizes=sizes)
-        else:
-            well &= on_ranks(ranks, "ours", folder, names=names)
-    if "--diffusers" not in sys.argv:
+    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}: {len(names)} cases, float64, relative errors")
+    if "--diffusers" in sys.argv:
+        pairs = [(ranks, sizes) for ranks in (2, 3) for sizes in ("even", "uneven")]
+        well = all([on_ranks(ranks, "theirs", names=names, sizes=sizes) for ranks, sizes in pairs])
+    else:
+        well = all([on_ranks(ranks, "ours", names=names) for ranks in (2, 3, 4)])
         refused()
     print("paste: ok" if well else "paste: FAILED")
     sys.exit(not well)
