@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
 from peft import LoraConfig
 
 import examples.plans
@@ -156,6 +158,18 @@ def check_whole_text(pm, folder):
     worst = compare("ltx masked", pm.sp_group, plan)
     assert max(worst) < 1e-11, worst
 
+    def ip_adapter(model, inputs):
+        """One processor attends twice: to joined streams, and to 4 tokens of an image that are whole."""
+        for block in model.transformer_blocks:
+            block.attn.set_processor(FluxIPAdapterAttnProcessor(40, 40, 4, 0.7).double())
+            for layer in block.attn.processor.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.weight.data, layer.bias.data = draws(4)((40, 40)) * 0.2, draws(5)(40)
+        inputs["joint_attention_kwargs"] = dict(ip_hidden_states=[draws(3)(2, 4, 40)])
+
+    worst = compare("flux", pm.sp_group, change=ip_adapter)
+    assert max(worst) < 1e-11, worst
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # faults: red, or refused with one sentence
@@ -219,6 +233,17 @@ def check_what_is_refused(pm, folder):
         model.blocks[1].attn1.processor = Direct()
 
     refused("wan 2.1 t2v", None, "Direct attends to the keys of one rank", past_the_dispatcher)
+    split_text = plan_of(build("wan 2.1 t2v")[0]) | {"blocks.*": {"encoder_hidden_states": tokens}}
+    refused("wan 2.1 t2v", split_text, "WanAttnProcessor attends to the keys of one rank")  # its attn2 has no exchange
+
+    def reference_alone(model, inputs):
+        for path in model.attn_processors:
+            kind = Flux2KVParallelSelfAttnProcessor if "single" in path else Flux2KVAttnProcessor
+            model.get_submodule(path.removesuffix(".processor")).set_processor(kind())
+        parallelise(model, pm.sp_group)
+        model(**inputs, kv_cache_mode="extract", num_ref_tokens=20)
+
+    refused("flux2 edit", None, "Flux2KVAttnProcessor attends to the keys of one rank", reference_alone)
 
     def of_another_sample(model, inputs):
         inputs["encoder_hidden_states"] += pm.rank

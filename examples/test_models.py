@@ -219,13 +219,22 @@ def places(s, parts):
     return torch.cat([ids(1, *size) + torch.tensor([float(n), 0, 0]) for n, size in enumerate(parts)])
 
 
-@case("QwenImageTransformer2DModel", qwen_config, {"": {}, "masked": {}, "edit": dict(zero_cond_t=True), "control": {}})
+LAYERED = dict(use_layer3d_rope=True, use_additional_t_cond=True)
+
+
+@case(
+    "QwenImageTransformer2DModel",
+    qwen_config,
+    {"": {}, "masked": {}, "edit": dict(zero_cond_t=True), "layered": LAYERED, "control": {}},
+)
 def qwen(draw, variant, s):
     """edit: the reference is modulated at time 0. control: residuals of a ControlNet."""
-    parts = s.parts if variant == "edit" else [s.image]
+    parts = s.parts if variant in ("edit", "layered") else [s.image]
     inputs = image_inputs(draw, s) | dict(img_shapes=[[(1, *size) for size in parts]] * 2)
-    if variant in ("masked", "edit"):
+    if variant in ("masked", "edit", "layered"):
         inputs |= dict(encoder_hidden_states_mask=ragged(s.text))
+    if variant == "layered":
+        inputs |= dict(additional_t_cond=torch.tensor([0, 1]))
     if variant == "control":
         inputs |= dict(controlnet_block_samples=[draw(2, s.video, 8 * s.heads)])
     return inputs

@@ -77,7 +77,6 @@ class Watch(TorchFunctionMode):
                 while "self" not in frame.f_locals:
                     frame = frame.f_back
                 kind = type(frame.f_locals["self"]).__name__
-                raise ValueError(
-                    f"{kind} attends to the keys of one rank, {list(key.shape)}: not by diffusers' dispatcher"
-                )
+                cause = "it does not hand its _parallel_config to diffusers' dispatcher, so there is no exchange"
+                raise ValueError(f"{kind} attends to the keys of one rank, {list(key.shape)}: {cause}")
         return func(*args, **kwargs)
