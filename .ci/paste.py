@@ -6,7 +6,7 @@
     $ torchrun --nproc_per_node=2 .ci/paste.py --bench          # Wan, 14B's width, 8 of 40 layers, beside diffusers' own
     $ torchrun --nproc_per_node=2 .ci/paste.py --bench --tiny   # the same on a CPU, to see that it runs
 
-The first three need no GPU; the last line is `paste: ok` or `paste: FAILED`.
+The first three need no GPU; their last line is `paste: ok` or `paste: FAILED`.
 """
 
 import os
@@ -159,12 +159,12 @@ def bench(tiny):
                 print(f"{work}, {name}: {tokens_of(even)} tokens, {seconds:.3f} s, {gib:.1f} GiB", flush=True)
             seconds, gib = odds["ours"]
             print(f"{work}, ours: {tokens_of(odd)} tokens, {seconds:.3f} s, {gib:.1f} GiB", flush=True)
-            print(f"{work}: the two outputs differ by {error:.1e} at most")
+            ours, own = (pairs[name][0] for name in models)
+            ratios = f"ours / diffusers' {ours / own:.3f}, odd / even {seconds / ours:.3f}"
+            print(f"{work}: {ratios}; the two outputs differ by {error:.1e} at most", flush=True)
     if pm.is_main:
-        gpu = "a CPU" if tiny else torch.cuda.get_device_name()
-        print(
-            f"{pm.world_size} x {gpu}, torch {torch.__version__}, diffusers {diffusers.__version__}, {dtype}: paste: ok"
-        )
+        gpus = f"{pm.world_size} x {'a CPU' if tiny else torch.cuda.get_device_name()}"
+        print(f"{gpus}, torch {torch.__version__}, diffusers {diffusers.__version__}, {dtype}")
     return pm
 
 

@@ -28,7 +28,8 @@ from sampler import DPSPBatchSampler
 from train_min import learning_rate, report
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
-TINY = dict(num_attention_heads=5, attention_head_dim=12, ffn_dim=64, num_layers=2, freq_dim=32, text_dim=32)
+TINY = dict(num_attention_heads=5, attention_head_dim=12, ffn_dim=64, num_layers=2, freq_dim=32)
+TINY |= dict(text_dim=32, in_channels=16, out_channels=16)
 
 
 def parse(argv=None):
@@ -68,14 +69,15 @@ def parse(argv=None):
 def train(args):
     """Build everything and take the steps. Return the ParallelManager."""
     pm = ParallelManager(args.dp, args.sp, args.device)
+    pm.check_equal(vars(args), pm.world_group)
     if args.encode:
         return encode(pm, args)
+    config = config_of(args)
+    data = Samples(args.data, config) if args.data else Noise(config)
+    layout = pm.dp_rank, pm.dp_size, args.accumulation
+    sampler = DPSPBatchSampler(len(data), args.batch, *layout, args.seed, shapes=data.shapes, names=data.names)
+    pm.check_equal(sampler.state_dict(), pm.world_group)
     model = build_model(pm, args)
-    data = Samples(args.data, model.config) if args.data else Noise(model.config)
-    sampler = DPSPBatchSampler(
-        len(data), args.batch, pm.dp_rank, pm.dp_size, args.accumulation, args.seed, shapes=data.shapes
-    )
-    pm.check_equal(vars(args) | sampler.state_dict(), pm.world_group)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0.01)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, args=args))
@@ -92,6 +94,15 @@ def train(args):
     return pm
 
 
+def config_of(args):
+    """Return the model's config, before its weights are read. ValueError for an image-to-video model."""
+    config = WanTransformer3DModel.load_config(args.model, subfolder=args.part) if args.model else TINY
+    if config["in_channels"] != config["out_channels"]:
+        facts = f"{config['in_channels']} channels in and {config['out_channels']} out"
+        raise ValueError(f"{args.model} has {facts}: an image-to-video model, which this does not train")
+    return config
+
+
 def build_model(pm, args):
     """LoRA goes in before the hooks, and these before `shard`: each wraps what it finds."""
     dtype = torch.bfloat16 if pm.device.type == "cuda" else torch.float32
@@ -100,9 +111,6 @@ def build_model(pm, args):
         model = WanTransformer3DModel.from_pretrained(args.model, subfolder=args.part, dtype=dtype)
     else:
         model = WanTransformer3DModel(**TINY)
-    if model.config.in_channels != model.config.out_channels:
-        facts = f"{model.config.in_channels} channels in and {model.config.out_channels} out"
-        raise ValueError(f"{args.model} has {facts}: an image-to-video model, which this does not train")
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LAYERS))
     for param in model.parameters():

@@ -24,22 +24,21 @@ WORDS = 512  # tokens of text, padded with zeros, as the pipeline feeds them
 
 
 class Samples:
-    """A folder of .safetensors with latents and text, as --encode makes them."""
+    """A folder of .safetensors with latents and text, as --encode makes them. ValueError if they are of another model."""
 
     def __init__(self, folder, config):
         self.files = sorted(Path(folder).glob("*.safetensors"))
         if not self.files:
             raise ValueError(f"--data {folder} holds no .safetensors: --encode makes them")
-        self.shapes = [self.check(file, config) for file in self.files]
-
-    def check(self, file, config):
-        """Return the shape of a sample's latents. ValueError if it is of another model."""
-        with safe_open(file, "pt") as handle:
-            latents, text = (handle.get_slice(name).get_shape() for name in ("latents", "text"))
-        if (latents[0], text[1]) != (config.in_channels, config.text_dim):
-            theirs = f"the model has {config.in_channels} and {config.text_dim}"
-            raise ValueError(f"{file} has {latents[0]} channels and text of {text[1]} numbers a token, {theirs}")
-        return tuple(latents)
+        self.names = [file.name for file in self.files]
+        self.shapes = []
+        for file in self.files:
+            with safe_open(file, "pt") as handle:
+                latents, text = (handle.get_slice(name).get_shape() for name in ("latents", "text"))
+            if (latents[0], text[1]) != (config["in_channels"], config["text_dim"]):
+                theirs = f"the model {config['in_channels']} and {config['text_dim']}"
+                raise ValueError(f"{file} has {latents[0]} channels and {text[1]} numbers a text token, {theirs}")
+            self.shapes.append(tuple(latents))
 
     def __len__(self):
         return len(self.files)
@@ -50,12 +49,12 @@ class Samples:
 
 
 class Noise:
-    """Noise of a small clip's shape, and texts of 7 tokens."""
+    """Noise in the shape of a small clip, and texts of 7 tokens."""
 
-    shapes = None
+    shapes = names = None
 
     def __init__(self, config):
-        self.parts = (config.in_channels, 5, 6, 6), (7, config.text_dim)
+        self.parts = (config["in_channels"], 5, 6, 6), (7, config["text_dim"])
 
     def __len__(self):
         return 64
