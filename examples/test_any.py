@@ -86,11 +86,11 @@ def check_trained(pm, folder):
     pm.shard(model, blocks)
     for block in blocks:
         block.compile(backend="aot_eager")
-    mine = {key: x[pm.dp_rank :: pm.dp_size] for key, x in inputs.items()}  # this dp rank's sample
+    mine = {key: x[pm.dp_rank :: pm.dp_size].to(pm.device) for key, x in inputs.items()}  # this dp rank's sample
     out = model(**mine, return_dict=False)[0]
-    weights = draws(7)((2, *out.shape[1:]))[pm.dp_rank :: pm.dp_size]
+    weights = draws(7)((2, *out.shape[1:]))[pm.dp_rank :: pm.dp_size].to(pm.device)
     pm.backward(model, (out * weights).sum() / pm.sp_size)
-    ours = {key: p.grad.full_tensor() for key, p in model.named_parameters() if p.grad is not None}
+    ours = {key: p.grad.full_tensor().cpu() for key, p in model.named_parameters() if p.grad is not None}
     assert ours.keys() == grads.keys() and any("lora_A" in key for key in ours)
     worst = max(errors(ours, grads).values())
     assert worst < 1e-11, worst
@@ -269,7 +269,7 @@ def check_several_lengths(pm, folder):
     with all_in_float64():
         outs = [model(**given, return_dict=False)[0] for given in (inputs, short)]
         sum((out * draws(7)(out.shape)).sum() / pm.sp_size for out in outs).backward()
-    ours = {name: pm.sum(p.grad, pm.sp_group) for name, p in model.named_parameters()}
+    ours = {name: pm.sum(p.grad, pm.sp_group).cpu() for name, p in model.named_parameters()}
     assert max(errors(ours, {name: grad + truth[1][name] for name, grad in truth[0].items()}).values()) < 1e-11
     model.enable_gradient_checkpointing()
     outs = [model(**given, return_dict=False)[0] for given in (inputs, short)]

@@ -44,8 +44,8 @@ def test_one_curve_on_every_layout(tmp_path):
     curves = []
     for dp, sp in ((1, 1), (1, 2), (2, 1)):
         out = tmp_path / f"{dp}x{sp}"
-        told = fork(TRAINER, *flags, "--dp", dp, "--sp", sp, "--out", out, ranks=dp * sp, out=tmp_path)
-        assert [code for code, _ in told] == [0] * dp * sp, told
+        results = fork(TRAINER, *flags, "--dp", dp, "--sp", sp, "--out", out, ranks=dp * sp, out=tmp_path)
+        assert [code for code, _ in results] == [0] * dp * sp, results
         curves.append(torch.tensor([entry["loss"] for entry in losses(out)]))
     assert curves[0][0] != curves[0][3]
     for curve in curves[1:]:
@@ -63,8 +63,8 @@ def test_from_videos_to_the_pipeline(snapshot, tmp_path):
     (videos / "none.mp4").write_bytes(b"no video")
     (videos / "none.txt").write_text("nothing")
     size = ["--height", 32, "--width", 48, "--frames", 9, "--rate", 24]
-    told = fork(TRAINER, "--model", snapshot, "--encode", videos, "--data", data, *size, ranks=2, out=tmp_path)
-    assert [code for code, _ in told] == [0, 0] and "skipping" in told[0][1] + told[1][1], told
+    results = fork(TRAINER, "--model", snapshot, "--encode", videos, "--data", data, *size, ranks=2, out=tmp_path)
+    assert [code for code, _ in results] == [0, 0] and "skipping" in results[0][1] + results[1][1], results
     assert sorted(file.name for file in data.iterdir()) == [
         "a.mp4.safetensors",
         "b.mp4.safetensors",
@@ -85,8 +85,8 @@ def test_from_videos_to_the_pipeline(snapshot, tmp_path):
         assert not theirs[0, len(sample["text"]) :].any()
 
     flags = ["--model", snapshot, "--data", data, "--rank", 4, "--steps", 3, "--batch", 2, "--lr", 1e-2, "--sp", 2]
-    told = fork(TRAINER, *flags, "--out", out, ranks=2, out=tmp_path)
-    assert [code for code, _ in told] == [0, 0], told
+    results = fork(TRAINER, *flags, "--out", out, ranks=2, out=tmp_path)
+    assert [code for code, _ in results] == [0, 0], results
     given = dict(
         prompt="red", height=32, width=48, num_frames=9, num_inference_steps=2, output_type="latent", guidance_scale=1.0
     )
@@ -114,17 +114,17 @@ def test_frames_of_another_rate(tmp_path):
         assert places == [round(n * 24 / rate) for n in range(wanted)], (frames, rate, places)
 
 
-@pytest.mark.parametrize("flags, told", [
+@pytest.mark.parametrize("flags, words", [
     (["--encode", "x"], "--encode needs --model"),
     (["--data", "nowhere"], "--data nowhere holds no .safetensors"),
     (["--dp", "2"], "world size 1 is not a multiple of data_parallel_size 2"),
 ])  # fmt: skip
-def test_bad_flags(flags, told, tmp_path):
+def test_bad_flags(flags, words, tmp_path):
     ((code, printed),) = fork(TRAINER, *flags, "--steps", 1, "--out", tmp_path / "out", out=tmp_path)
-    assert code and told in printed, printed
+    assert code and words in printed, printed
 
 
 def test_the_lesson_of_wan(tmp_path):
-    told = fork("examples.wan", ranks=3, out=tmp_path)
-    assert [code for code, _ in told] == [0, 0, 0], told
-    assert "rank 2: 15 tokens and all heads; in attn1 all tokens and 1 heads" in told[0][1], told
+    results = fork("examples.wan", ranks=3, out=tmp_path)
+    assert [code for code, _ in results] == [0, 0, 0], results
+    assert "rank 2: 15 tokens and all heads; in attn1 all tokens and 1 heads" in results[0][1], results
