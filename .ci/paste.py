@@ -56,7 +56,7 @@ def check_ours(pm, folder, names):
 
 
 def refused():
-    """Print which transformers of diffusers `parallelise` refuses: those without a plan here and without one of their own."""
+    """Print which transformers of diffusers `parallelise` refuses: those without a plan, here or of their own."""
     kinds = [getattr(diffusers, name) for name in dir(diffusers) if "Transformer" in name and name.endswith("Model")]
     kinds = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, torch.nn.Module)]
     with_one = {kind for kind in kinds if kind.__name__ in PLANS or getattr(kind, OWN_PLAN, None) is not None}

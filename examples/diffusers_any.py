@@ -4,8 +4,8 @@
     parallelise(model, group, plan)    # by yours, in the same form
 
 Call it after LoRA is added and before `shard`. The model still takes whole inputs, equal on all ranks of the group, and
-returns whole outputs. With the whole loss on every rank, average the gradients over all ranks (FSDP's default), or divide the
-loss by the group's size and sum. With checkpointing, take the backward of one length before the forward of another.
+returns whole outputs. With the whole loss on every rank, average the gradients over all ranks (FSDP's default), or divide
+the loss by the group's size and sum. With checkpointing, take the backward of one length before the forward of another.
 
 The model's own code joins streams as it likes, so the ranks ask each other what they hold, once for each set of lengths.
 """

@@ -1,6 +1,7 @@
 """Where to split models of diffusers 0.42: plans for those that have none, or one that lacks something.
 
-A plan is a dict in diffusers' own form, path -> rule; `*` in a path is every block of a list. It is a function of the model here.
+A plan is a dict in diffusers' own form, path -> rule; `*` in a path is every block of a list. Here it is a function of
+the model, since some depend on its config.
 
     {argument: ContextParallelInput}     the argument of that module is split before its forward
     {index: ContextParallelInput}        the output of that index is split behind it
@@ -43,7 +44,7 @@ gather = ContextParallelOutput(gather_dim=1)
 
 
 def plan_of(model):
-    """Return the plan that a model of diffusers is split by: the one of this file, else its own. ValueError without either."""
+    """Return the plan of a model of diffusers: the one of this file, else its own. ValueError without either."""
     for kind in type(model).__mro__:
         if kind.__name__ in PLANS:
             return PLANS[kind.__name__](model)
@@ -56,7 +57,7 @@ def plan_of(model):
 
 
 def hunyuan_video(model):
-    """HunyuanVideo 1.0: the mask is over video and text, which are split one by one. num_tokens: of the given first frame."""
+    """HunyuanVideo 1.0: its mask is over video and text, which are split one by one; num_tokens are the first frame's."""
     beside = dict(attention_mask=video_and_text_mask)
     beside |= dict(num_tokens=first_tokens) if model.config.image_condition_type == "token_replace" else {}
     return {
@@ -190,7 +191,7 @@ PLANS = {
 
 
 def add_hooks(model, plan, split_at):
-    """Split and gather in this model as the plan says. split_at(path): the state of a place. ValueError for unknown names."""
+    """Split and gather in this model as the plan says. split_at(path): a place's state. ValueError for unknown names."""
     modules = dict(model.named_modules())
     for path, rules in plan.items():
         pattern = re.escape(path).replace(r"\*", "[^.]+")

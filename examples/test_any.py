@@ -151,8 +151,8 @@ def check_masks(pm, folder, B=2, H=5):
         attention_of(group, [38, 7], whole, is_causal=True)
 
 
-def check_whole_text(pm, folder):
-    """A stream that a plan leaves whole: exact where it only gives keys, refused where it is joined with one that is split."""
+def check_whole_keys(pm, folder):
+    """A stream that a plan leaves whole is exact where it only gives keys."""
     plan = dict(plan_of(build("ltx masked")[0]))
     plan[""] = {"hidden_states": tokens}
     worst = compare("ltx masked", pm.sp_group, plan)
@@ -278,9 +278,11 @@ def check_several_lengths(pm, folder):
 
 
 @pytest.mark.parametrize("kind, config, plan, words", [
-    ("WanTransformer3DModel", wan_config(UNEVEN), {"blocks.9": {"hidden_states": tokens}}, "WanTransformer3DModel has no module 'blocks.9'"),
+    ("WanTransformer3DModel", wan_config(UNEVEN), {"blocks.9": {"hidden_states": tokens}},
+        "WanTransformer3DModel has no module 'blocks.9'"),
     ("SanaTransformer2DModel", dict(num_layers=1), None, "SanaTransformer2DModel has no plan"),
-    ("CogVideoXTransformer3DModel", dict(num_attention_heads=1, attention_head_dim=16, num_layers=1), {"proj_out": gather}, "CogVideoXTransformer3DModel has no attention whose processor"),
+    ("CogVideoXTransformer3DModel", dict(num_attention_heads=1, attention_head_dim=16, num_layers=1),
+        {"proj_out": gather}, "CogVideoXTransformer3DModel has no attention whose processor"),
 ])  # fmt: skip
 def test_refused_by_name(kind, config, plan, words):
     with pytest.raises(ValueError, match=words):

@@ -354,7 +354,7 @@ def all_in_float64():
 
 
 def run(model, inputs, ranks=1, precision=all_in_float64):
-    """Return (outputs, {name: gradient}) of a loss of all outputs, the same on each of the ranks, divided by their number."""
+    """Return (outputs, {name: gradient}) of a loss of all outputs, divided by the number of ranks that have the same."""
     model.zero_grad()
     with precision():
         outs = model(**inputs, return_dict=False)

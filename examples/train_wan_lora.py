@@ -1,11 +1,12 @@
 """Train a LoRA of Wan (diffusers, any size, text to video) under data × sequence parallelism, on your videos.
 
     $ torchrun --nproc_per_node=2 -m examples.train_wan_lora --sp 2 --steps 5    # a tiny random one, on a CPU too
-    $ torchrun --nproc_per_node=8 -m examples.train_wan_lora --model Wan-AI/Wan2.1-T2V-14B-Diffusers --encode videos/ --data latents/
-    $ torchrun --nproc_per_node=8 -m examples.train_wan_lora --model Wan-AI/Wan2.1-T2V-14B-Diffusers --data latents/ --sp 4 --out cat
+    $ torchrun --nproc_per_node=8 -m examples.train_wan_lora --model WAN --encode videos/ --data latents/
+    $ torchrun --nproc_per_node=8 -m examples.train_wan_lora --model WAN --data latents/ --sp 4 --out cat
 
-The second makes samples: videos and images with captions in NAME.txt, cut to --height x --width and --frames. The third writes
-cat/pytorch_lora_weights.safetensors, which `load_lora_weights("cat")` reads. The loss curve is the same for every (dp, sp).
+WAN: a folder or hub id, say Wan-AI/Wan2.1-T2V-14B-Diffusers. The second makes samples: videos and images with captions in
+NAME.txt, cut to --height x --width and --frames. The third writes cat/pytorch_lora_weights.safetensors, which
+`load_lora_weights("cat")` reads. The loss curve is the same for every (dp, sp).
 Wan 2.2 14B has two models: --part transformer --sigmas 0.875 1, and --part transformer_2 --sigmas 0 0.875.
 Needs the extra [pipeline], and peft.
 """

@@ -99,7 +99,8 @@ def lesson():
     error = (model(**inputs)[0] - whole).abs().max().item()
     rank, held = group_rank(manager.sp_group), [split_sizes(length, manager.sp_group) for length in (45, 5)]
     lines = [None] * manager.world_size
-    line = f"rank {rank}: {held[0][rank]} tokens and all heads; in attn1 all tokens and {held[1][rank]} heads; {error:.1e} off"
+    line = f"rank {rank}: {held[0][rank]} tokens and all heads; in attn1 all tokens and {held[1][rank]} heads"
+    line += f"; {error:.1e} off"
     dist.all_gather_object(lines, line)
     if manager.is_main:
         print("\n".join(lines))

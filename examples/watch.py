@@ -29,7 +29,7 @@ def is_whole(x, group):
 
 
 def check_inputs(inputs, group):
-    """Raise ValueError if a tensor of {name: value} is not the same on all ranks, each of which would take its part of it."""
+    """Raise ValueError if a tensor of {name: value} is not the same on all ranks: each would take its part of its own."""
     marks = {name: [*x.shape, x.double().mean().item()] for name, x in inputs.items() if torch.is_tensor(x)}
     everyone = ask(group, marks)
     for rank, theirs in enumerate(everyone):
