@@ -5,7 +5,7 @@ import pytest
 import test_sp
 
 MODULE = "examples.test_any"
-test_sp.PRELOAD.append(MODULE)
+test_sp.PRELOAD.extend([MODULE, "examples.train_wan_lora"])
 
 
 def pytest_collection_modifyitems(items):
