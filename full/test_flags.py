@@ -246,6 +246,18 @@ def found(flags):
     return get_config(args), args, search(get_config(args), args)
 
 
+def test_frozen_weights_have_no_gradients_to_compute():
+    """Two passes through the linears and one recomputed, not three: a fifth of a step at few tokens."""
+    steps = [
+        seconds(get_config(args), args)[0]
+        for args in (
+            parse_train(None, f"--config 13b --height 720 --width 1280 --frames 5 {more}".split())
+            for more in ("", "--lora 32")
+        )
+    ]
+    assert 0.65 < steps[1] / steps[0] < 0.85, steps
+
+
 def test_the_plan_finds_the_setting():
     """It fits, what is given stays, the fastest comes first, and a slower one needs less."""
     for memory in (12, 24, 48, 80):

@@ -280,7 +280,7 @@ def check_checkpoints_are_shared(pm, folder):
 
         # taking turns in one folder: the newest is what was saved last, whoever saved it and whatever its step
         turns = [(real, 2, []), (minimal, 4, ["--resume"]), (real, 6, ["--resume"]), (minimal, 8, ["--resume"])]
-        turns += [(real, 2, []), (minimal, 1, []), (real, 3, ["--resume"])]
+        turns += [(real, 2, ["--overwrite"]), (minimal, 1, []), (real, 3, ["--resume"])]
         for turn, steps, more in turns:
             turn("--steps", steps, "--out", own / "turns", *more)
             newest, manifest = train_min.newest_checkpoint(own / "turns")

@@ -195,12 +195,14 @@ def tiles_of_64_pixels():
 
 
 def a_picture(file):
-    """With an alpha channel and sides of its own: an image as people have it."""
+    """With an alpha channel and sides of its own: an image as people have it, on white as they see it."""
     from PIL import Image
 
     pixels = torch.randint(0, 256, (50, 70, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(pixels.numpy(), "RGBA").resize((140, 100)).save(file)
-    return Image.open(file).convert("RGB")
+    white = Image.new("RGBA", (140, 100), "white")
+    white.alpha_composite(Image.open(file))
+    return white.convert("RGB")
 
 
 def diffusers_makes(folder, kind):

@@ -67,7 +67,7 @@ STRENGTHS = {  # header, side files, alpha's tensor: the factor that B A has
     "a header in a header": (dict(config=json.dumps(dict(network=dict(linear=4, linear_alpha=8)))), None, {}, 2.0),
     "a plain header": (dict(lora_alpha="12", rank="4"), None, {}, 3.0),
     "statistics and settings of a training": (
-        dict(ss_tag_frequency=json.dumps(dict(a=dict(alpha=3, r=7))), ot_config=json.dumps(dict(lora_alpha=8, optimizer=dict(alpha=0.9, r=0)))), None, {}, 2.0,
+        dict(ss_tag_frequency=json.dumps(dict(my_lora=dict(alpha=3, r=7))), ot_config=json.dumps(dict(lora_alpha=8, optimizer=dict(alpha=0.9, r=0)))), None, {}, 2.0,
     ),
     "a trainer's section": (dict(settings=json.dumps(dict(lora=dict(rank=4, alpha=2)))), None, {}, 0.5),
     "an alpha of whole numbers": (None, None, dict(alpha=torch.tensor(8)), 2.0),
