@@ -1,13 +1,11 @@
 """Exact sequence parallelism, gradients included, for the transformers of diffusers: any lengths, any number of heads.
 
-    parallelise(model, group)          # by the plan that plans.py has for its class, else by its own
-    parallelise(model, group, plan)    # by yours, in the same form
+    parallelise(model, group, plan=None)    # by your plan, that of plans.py for its class, or the model's own
+    $ torchrun --nproc_per_node=3 -m examples.diffusers_any    # a tiny Wan beside one device
 
 Call it after LoRA is added and before `shard`. The model still takes whole inputs, equal on all ranks of the group, and
 returns whole outputs. With the whole loss on every rank, average the gradients over all ranks (FSDP's default), or divide
 the loss by the group's size and sum. With checkpointing, take the backward of one length before the forward of another.
-
-The model's own code joins streams as it likes, so the ranks ask each other what they hold, once for each set of lengths.
 """
 
 from copy import copy
@@ -17,6 +15,7 @@ import torch
 
 from comm import split_sequence, split_sizes, ulysses
 from examples.plans import BACKENDS, CONFIG, add_hooks, plan_of
+from examples.wan import lesson
 from examples.watch import Watch, ask, is_whole
 
 
@@ -125,3 +124,7 @@ def layout(sp, query, key, causal, tokens, key_tokens, rows, columns):
     if not is_whole(key, sp.group):
         raise ValueError(f"{facts}: a stream is missing in the plan, or its mask is not split as its tokens are")
     return length, (), False
+
+
+if __name__ == "__main__":
+    lesson(parallelise).close()
