@@ -4,6 +4,7 @@ times as fast as with cuDNN. On Blackwell, where it runs too, cuDNN is the faste
 
 import contextlib
 import importlib.util
+import warnings
 
 import torch
 
@@ -54,6 +55,7 @@ def attention_kernel(name):
         return sdpa
     if name != "fa4":
         raise ValueError(f"attention {name!r} is none of sdpa, fa4")
+    warnings.filterwarnings("ignore", module="cutlass|flash_attn|quack|tvm_ffi")  # its compiler has many
     try:
         import flash_attn.cute.interface  # noqa: F401
     except ImportError as error:

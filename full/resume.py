@@ -83,7 +83,7 @@ def check_same(config, trained, state, path):
 
 def say_changes(args, state, contents):
     """Print what a resumed run does otherwise than before. Layout and length may change; whatever else does is said."""
-    names = "batch lr warmup clip shift guidance caption_drop ema seed dtype data weights init_lora".split()
+    names = "batch lr warmup clip shift guidance caption_drop ema seed dtype data weights init_lora attention".split()
     was = state.get("args", {}) | dict(batch=state.get("batch", args.batch))
     step, before = state["step"], argparse.Namespace(**was)
     changed = [f"--{n} {getattr(args, n)} (was {was[n]})" for n in names if n in was and was[n] != getattr(args, n)]
