@@ -15,7 +15,7 @@ from full.after import after_training
 from full.clips import file_name, make_clips
 from full.files import replace_file, replacing
 from full.infer import parse as parse_infer
-from test_sp import HERE, close, equal, fork, losses
+from test_sp import HERE, close, equal, fork, losses, start_forked
 
 # --------------------------------------------------------------------------------------------------------------------
 # clips
@@ -131,26 +131,31 @@ time.sleep(600)
 
 def test_a_name_belongs_to_one_program(tmp_path):
     """A folder, or a name in it, while it lives; what a writer that was killed has left is removed; other names are free."""
-    env = os.environ | dict(PYTHONPATH=str(HERE))
-    for name in ("", "clip"):
-        claimed = subprocess.Popen([sys.executable, "-c", CLAIM, tmp_path / "o", name], stdout=subprocess.PIPE, env=env)
-        try:
-            assert claimed.stdout.readline() == b"held\n"
-            (tmp_path / "o/.abc.part").touch()
-            flags = ["--config", "tiny", "--blocks", "1,1", "--steps", 1, "--overwrite", "--output"]
-            output = tmp_path / "o" / name if name else f"{tmp_path}/o/"
-            ((code, printed),) = fork("full.infer", *flags, output, out=tmp_path)
-            assert (
-                code == 1 and f"{tmp_path / 'o' / name} is in use by another run, process {claimed.pid} on" in printed
-            )
-            if name:
-                ((code, printed),) = fork("full.infer", *flags, tmp_path / "o/other", out=tmp_path)
-                assert code == 0 and (tmp_path / "o/.abc.part").exists(), printed
-        finally:
-            claimed.kill()
-            claimed.wait()
+    env, claimed, work = os.environ | dict(PYTHONPATH=str(HERE)), [], []
+    flags = ["--config", "tiny", "--blocks", "1,1", "--steps", 1, "--overwrite", "--output"]
+    places = [(tmp_path / "folder", ""), (tmp_path / "named", "clip")]
+    outputs = [f"{tmp_path}/folder/", f"{tmp_path}/named/clip", f"{tmp_path}/named/other"]
+    try:
+        for folder, name in places:
+            command = [sys.executable, "-c", CLAIM, folder, name]
+            claimed.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=env))
+            assert claimed[-1].stdout.readline() == b"held\n"
+            (folder / ".abc.part").touch()
+        work = [start_forked("full.infer", *flags, output, out=tmp_path)[0] for output in outputs]
+        for process, _ in work:
+            process.join(300)
+        for (process, file), (folder, name), owner in zip(work, places, claimed):
+            found = f"{folder / name} is in use by another run, process {owner.pid} on"
+            assert process.exitcode == 1 and found in file.read_text(), file.read_text()
+            assert (folder / ".abc.part").exists()
+        assert work[2][0].exitcode == 0, work[2][1].read_text()
+    finally:
+        for owner in claimed:
+            owner.kill()
+            owner.wait()
+    for output, (folder, name) in zip(outputs, places):
         ((code, printed),) = fork("full.infer", *flags, output, out=tmp_path)
-        assert code == 0 and (tmp_path / "o/.abc.part").exists() == bool(name), printed
+        assert code == 0 and (folder / ".abc.part").exists() == bool(name), printed
 
 
 def test_files_half_written_are_nobodys(tmp_path):
