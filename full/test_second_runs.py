@@ -141,7 +141,9 @@ def test_a_name_belongs_to_one_program(tmp_path):
             claimed.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=env))
             assert claimed[-1].stdout.readline() == b"held\n"
             (folder / ".abc.part").touch()
-        work = [start_forked("full.infer", *flags, output, out=tmp_path)[0] for output in outputs]
+        for n, output in enumerate(outputs):
+            (tmp_path / str(n)).mkdir()
+            work += start_forked("full.infer", *flags, output, out=tmp_path / str(n))
         for process, _ in work:
             process.join(300)
         for (process, file), (folder, name), owner in zip(work, places, claimed):
