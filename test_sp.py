@@ -629,10 +629,10 @@ MISTAKES = [  # and their cures
     ("losses divided by the global count, gradients averaged over the ranks (DDP's and FSDP's default)", "sum: `set_gradient_divide_factor(1.0)`"),
     ("the mean of local means", "local sums divided by the global count"),
     ("a gather whose backward is a slice, the loss of all tokens on every rank, gradients averaged", "`gather_sequence`, or the loss of my tokens alone"),
-    ("an exact gather, the loss of all tokens on every rank, gradients summed", "the same loss is there sp times: divide it by sp, or take my tokens alone"),
-    ("what comes before the split, whole on every rank, is not summed over sp", "sum it over sp as well"),
+    ("an exact gather, the loss of all tokens on every rank, gradients summed", "every rank has the same loss: divide it by sp, or take my tokens alone"),
+    ("parameters before the split, replicated on every rank, are not summed over sp", "sum it over sp as well"),
     ("a split whose backward is an all-gather, gradients summed", "`split_sequence`: a slice, whose backward is zeros elsewhere"),
-    ("padding counted: each shard padded to 4 tokens, of error 0", "count real tokens"),
+    ("padding is counted: each shard is padded to 4 tokens, with error 0", "count real tokens"),
     ("the mean over two micro-batches, of 11 and 5 tokens", "one count for the whole step, over all micro-batches"),
     ("each rank clips its shard by the shard's own norm", "`clip_grad_norm`: one norm over all shards"),
 ]  # fmt: skip
@@ -669,7 +669,7 @@ def commit_mistakes(pm):
     def mixed(wrong, right):
         factor, other = seen(wrong, right)
         assert other > 0.01, "a pure factor"
-        return f"× {factor:.2f} in all, and {100 * other:.0f} % in another direction"
+        return f"× {factor:.2f} in all, plus {100 * other:.0f} % that points elsewhere"
 
     def factors(wrong, *expected):
         """Those of the three weights' gradients, which have no other direction."""
@@ -694,8 +694,8 @@ def commit_mistakes(pm):
     dist.all_gather(parts, of_rank(errors(group).sum() / 11), group=group)
     shares = [seen(part[:36], truth[:36]) for part in parts]
     assert sum(factor for factor, _ in shares) == exact(1) and min(other for _, other in shares) > 0.01
-    told = ", ".join(f"{factor:.2f}" for factor, _ in shares)
-    yield f"each rank its own share, × {told}, and other directions: its copies drift apart"
+    factors_of_ranks = ", ".join(f"{factor:.2f}" for factor, _ in shares)
+    yield f"each rank sees its own share, × {factors_of_ranks}, which points elsewhere: the copies drift apart"
     before, after = factors(of_all(errors(group, split=SplitThenGather.apply).sum() / 11), 3, 1, 1)
     yield f"{before}, sp, before the split, {after} after it"
     padded = F.pad(errors(group), (0, 4 - sizes[rank]))
@@ -709,7 +709,7 @@ def commit_mistakes(pm):
     limit = truth.norm() / 2
     wrong = torch.cat([part * (limit / part.norm()).clamp(max=1) for part in truth.tensor_split(P)])
     assert 1.01 * limit < wrong.norm() <= P**0.5 * limit
-    yield f"a norm of {wrong.norm() / limit:.2f} times what was asked: {mixed(wrong, truth / 2)}"
+    yield f"clipped, it is {wrong.norm() / limit:.2f} times too long: {mixed(wrong, truth / 2)}"
 
 
 def check_wrong_gradients(pm, folder):

@@ -1,4 +1,4 @@
-"""Print the README's table of GPUs: what `full.plan` finds for cards of several sizes, the measured figures beside it.
+"""Print full/README.md's table of GPUs: what `full.plan` finds for cards of several sizes, the measured figures beside it.
 
 $ python .ci/gpus.py
 """

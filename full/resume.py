@@ -82,7 +82,7 @@ def check_same(config, trained, state, path):
 
 
 def say_changes(args, state, contents):
-    """Print what a resumed run does otherwise than before. Layout and length may change; whatever else does is said."""
+    """Print what a resumed run changes. The layout and the length may change in silence; all else is reported."""
     names = "batch lr warmup clip shift guidance caption_drop ema seed dtype data weights init_lora attention".split()
     was = state.get("args", {}) | dict(batch=state.get("batch", args.batch))
     step, before = state["step"], argparse.Namespace(**was)

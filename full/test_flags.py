@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import comm
 import full.encode
 import full.infer
 import full.train
+import hunyuan_sp
 from full import faults
 from full.flags import get_config, parse_train
 from full.plan import add_flags as add_plan_flags
@@ -239,6 +241,26 @@ def test_plan():
             ranks, host = args.sp, float(re.search(r"two ranks took\s+(\d+) GiB", text)[1])
             assert abs(ranks * plan(get_config(args), args)["host"] / host - 1) < 0.1
     assert len(rows) == 15 and sum(bool(step) for *_, step in rows) == 13
+
+
+def test_bytes_of_a_block():
+    """What rank 0 of 4 sends in a forward: q, k, v in one exchange, the output in another; and what the plan counts."""
+    qkv, sent = torch.empty(1, 29715, 3, 24, 128, dtype=torch.bfloat16, device="meta"), []
+
+    def exchange(inbox, outbox, counts_in, counts_out, group):
+        sent.append(2 * sum(counts_out[1:]))  # the first piece stays
+
+    ranks = dict(group_size=lambda group: 4, group_rank=lambda group: 0)
+    with mock.patch.multiple(comm, **ranks), mock.patch("torch.distributed.all_to_all_single", exchange):
+        out = hunyuan_sp.joint_attention(qkv, 118800, [60], "group", lambda q, k, v: q)
+    assert out.shape == (1, 29715, 3072) and sent == [410_780_160, 136_926_720]
+    flags = "--config 13b --sp 4 --height 720 --width 1280 --frames 129".split()
+    one, two = (parse_train(None, [*flags, "--blocks", blocks]) for blocks in ("1,1", "1,2"))
+    planned = [seconds(get_config(args), args)[1] for args in (one, two)]
+    with torch.device("meta"):
+        params = sum(param.numel() for param in hunyuan_sp.SingleBlock(hunyuan_sp.HunyuanConfig()).parameters())
+    # three exchanges in training, and the block's weights: two gathers in bf16, one reduction in float32
+    assert planned[1] - planned[0] == pytest.approx((3 * sum(sent) + 8 * 0.75 * params) / 1e9)
 
 
 def found(flags):
