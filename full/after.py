@@ -1,11 +1,12 @@
-"""What to type next: each program prints the command that goes on from what it made."""
+"""Print what to type next: each program ends with the command that continues from what it made."""
 
 import os
 import shlex
 
 
 def next_command(pm, program, *flags):
-    """Return a command of full/ for as many ranks as this host has now; flags of None are left out."""
+    """Return the command of a program in full/, for the number of ranks that this host runs now. Flags of None are left
+    out."""
     flags = [shlex.quote(str(flag)) for flag in flags if flag is not None]
     here = os.environ.get("LOCAL_WORLD_SIZE", pm.world_size)
     start = f"torchrun --nproc_per_node={here}" if pm.world_size > 1 else "python"
@@ -13,7 +14,7 @@ def next_command(pm, program, *flags):
 
 
 def after_training(pm, args, config, shape):
-    """Return the command that samples what a run has saved. shape: of its largest sample's latents, [C, T, h, w]."""
+    """Return the command that samples what a run has saved. shape: [C, T, h, w] of its largest sample's latents."""
     prompt = ["--prompt", args.sample_prompt or "a cat walks on the grass"]
     if config.out_channels == 3:
         prompt[1] = args.sample_prompt or "a blue circle moves up"

@@ -1,5 +1,5 @@
-"""An average of what is trained, sharded as that is: of all steps so far while these are fewer than 1 / (1 - decay), from then
-on an exponential moving one. So the initial values never have a weight. Needs nothing more.
+"""Average the trained parameters over the steps, sharded as they are. While there are fewer than 1 / (1 - decay) steps it is
+the plain mean of all of them, from then on an exponential moving average. So the initial values never count.
 """
 
 import contextlib
@@ -8,9 +8,10 @@ import torch
 
 
 class Average:
-    """Follow the model's trained parameters: `update` after each step. Decay 0: there is no average, and nothing to do.
+    """Follow the model's trained parameters: call `update` after each step. With decay 0 there is no average, and nothing to
+    do.
 
-    updates: how many it has taken in; a resumed run continues at that.
+    updates: the number of steps that are in it. Set it when a run is resumed.
     """
 
     def __init__(self, model, decay):
@@ -23,7 +24,7 @@ class Average:
         self.values = {name: param.clone() for name, param in self.params.items()}
 
     def update(self, skip=False):
-        """Take in the parameters after an optimizer step; `skip` if that was skipped."""
+        """Add the parameters after an optimizer step, unless that step was skipped (`skip`)."""
         if self.params and not skip:
             values, params = ([x.to_local() for x in tensors.values()] for tensors in (self.values, self.params))
             self.updates += 1
@@ -31,7 +32,7 @@ class Average:
 
     @contextlib.contextmanager
     def used(self):
-        """Give the model the average's values inside of this, and its own afterwards."""
+        """Give the model the average's values inside the block, and its own ones afterwards."""
         self._swap()
         yield
         self._swap()

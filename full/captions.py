@@ -1,4 +1,4 @@
-"""A folder of videos and pictures as people have them: what is tried, with which caption, and what its sample is called."""
+"""Find the videos and pictures of a folder, their captions, and the names of their samples."""
 
 import json
 import os
@@ -10,15 +10,16 @@ from full.files import read_utf8
 from full.folder import Folder
 from full.video import IMAGES, VIDEOS
 
-# name: the sample's, without .safetensors; problem: why the file is skipped
+# name: the sample's name, without .safetensors. problem: why the file is skipped
 Entry = namedtuple("Entry", "file name caption problem", defaults=("", "", ""))
 
 
 def videos_and_captions(folder):
-    """Return ([Entry], [what is not used]) of a folder and its subfolders, in order of their paths.
+    """Return ([Entry], [unused files]) of a folder and its subfolders, sorted by path.
 
-    A file is tried if it has a caption, in NAME.txt or in a line {"file": .., "caption": ..} of the folder's captions.jsonl,
-    or an ending of videos or pictures. What is wrong with one file, caption or line is that entry's problem alone.
+    A file gets an Entry if it has a caption (in NAME.txt, or in a line {"file": .., "caption": ..} of the folder's
+    captions.jsonl) or the ending of a video or picture. If something is wrong with a file, a caption or a line, only that
+    entry has a problem.
     """
     if not folder.is_dir():
         raise ValueError(f"--videos {folder} is not a folder")
@@ -35,7 +36,7 @@ def videos_and_captions(folder):
         name = caption = problem = ""
         try:
             name = sample_name(os.path.relpath(file, folder))
-            if not file.is_file():  # a pipe, once opened, is waited for
+            if not file.is_file():  # opening a pipe would wait for its writer
                 raise ValueError("it is not a regular file" if file.exists() else "there is no such file")
             caption = caption_of(file, lines.get(file, []))
         except (OSError, ValueError) as error:
@@ -46,7 +47,8 @@ def videos_and_captions(folder):
 
 
 def walk(folder):
-    """Return {file} of a folder and its subfolders, hidden ones aside, and the [folders] not entered: links, closed ones."""
+    """Return the set of files in a folder and its subfolders, and a list of the folders not entered: links, and those
+    without permission. Hidden files and folders are ignored."""
     files, links, errors = set(), [], []
     for place, folders, names in os.walk(folder, onerror=errors.append):
         folders[:] = [name for name in folders if name[0] != "."]
@@ -56,7 +58,7 @@ def walk(folder):
 
 
 def lines_of_table(folder):
-    """Return {file: [(line number, its caption)]} of captions.jsonl, and [Entry] of lines that name no file in it."""
+    """Return {file: [(line number, caption)]} of captions.jsonl, and [Entry] for the lines that can't be used."""
     table, lines, refused = folder / "captions.jsonl", {}, []
     try:
         if table.exists() and not table.is_file():
@@ -77,7 +79,7 @@ def lines_of_table(folder):
 
 
 def place_of(folder, name):
-    """Return the path of a file that captions.jsonl names; ValueError if it is not in the folder."""
+    """Return the path of a file named in captions.jsonl. ValueError if it is not in the folder."""
     for root in (os.path.abspath(folder), os.path.realpath(folder)):
         inside = Path(os.path.relpath(os.path.join(root, name), root))
         if inside.parts and inside.parts[0] != "..":
@@ -86,7 +88,8 @@ def place_of(folder, name):
 
 
 def caption_of(file, lines):
-    """Return a file's caption; ValueError if there is none, several, or no text. lines: those of captions.jsonl for it."""
+    """Return a file's caption. ValueError if it has none or several, or if it is not text. lines: [(number, caption)] of
+    captions.jsonl for this file."""
     text, found = file.with_suffix(".txt"), [(f"line {n} of captions.jsonl", caption) for n, caption in lines]
     if os.path.lexists(text):
         if not text.is_file():
@@ -104,9 +107,9 @@ def caption_of(file, lines):
 
 
 def sample_name(path):
-    """Return what to call the sample of a file, by its path in the folder: a%2Fb for a/b, as in an address.
+    """Return the name of a file's sample, made of its path in the folder: a%2Fb for a/b, as in a URL.
 
-    No two paths give the same name. ValueError for one that can't be written.
+    Different paths give different names. ValueError for a name that can't be written.
     """
     name = re.sub("%(?=(25)*2[EF])", "%25", path).replace(os.sep, "%2F")
     name = re.sub(r"^\.", "%2E", name)  # a hidden sample would not be trained on

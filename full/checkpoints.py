@@ -1,12 +1,13 @@
-"""Checkpoints that survive: a folder step-N of .safetensors, each rank's own part, and manifest.json with every file's size and
-crc32. In it: weights, the optimizer's state, and what the caller adds as JSON (full.train: the sampler's position, config,
-flags). Nothing is ever unpickled. A save goes through four stages:
+"""Save and load checkpoints that survive kills and damaged disks. A checkpoint is a folder step-N: .safetensors files with
+each rank's own part of the weights and of the optimizer's state, and manifest.json with the size and crc32 of every file and
+whatever the caller adds as JSON (full.train: the sampler's position, config, flags). Nothing is ever unpickled. A save has
+four stages:
 
-1. `save` copies the state to the CPU and returns; 2. beside training every rank writes its part into tmp-step-N, 3. and reads
-its share of the files back for their checksums; 4. `finish` writes the manifest and renames the folder.
+1. `save` copies the state to the CPU and returns; 2. beside training every rank writes its part into tmp-step-N, 3. and
+reads its share of the files back for their checksums; 4. `finish` writes the manifest and renames the folder.
 
-So what is called step-N was complete once, and the manifest tells whether it still is. What train_min.py saves is read too: its
-manifest has no checksums. Needs torch.distributed.checkpoint.
+So a folder called step-N was complete once, and the manifest shows whether it still is. Checkpoints of train_min.py are read
+too; their manifest has no checksums.
 """
 
 import json
@@ -34,14 +35,15 @@ from full.faults import on_main, sentence_of, together
 from full.files import checksum, printable, read_json, replace_file
 from train_min import FLAT, tensors_of
 
-FILE_BYTES = 2 << 30  # about so many in each file that a rank writes
+FILE_BYTES = 2 << 30  # approximate size of each file that a rank writes
 
 
 class Checkpoints:
-    """The step-N checkpoints in `folder`, saved beside training and loaded on any layout. Every rank makes each call.
+    """Save the step-N checkpoints of `folder` while training goes on, and load them on any layout. Every rank makes each
+    call.
 
-    Every problem with the disk is an OSError on all ranks; what was saved before stays. A disk that does not answer for
-    `timeout` seconds is one. All ranks must see the folder, and one run at a time writes there: `claim` it first.
+    Any problem with the disk raises OSError on all ranks, and earlier checkpoints stay. A disk that does not answer for
+    `timeout` seconds is such a problem. All ranks must see the folder, and one run at a time writes there: `claim` it first.
     """
 
     def __init__(self, manager, folder, timeout=600.0):
@@ -50,7 +52,7 @@ class Checkpoints:
         self._written, self._complete = Future(), None
 
     def claim(self):
-        """Keep the folder to this run for as long as rank 0 lives. ValueError where a live run has it, or a rank can't see it."""
+        """Reserve the folder for this run until rank 0 ends. ValueError if a live run has it, or if a rank can't see it."""
         file, owner = self.folder / "lock", claim(self.folder, lock="lock")
 
         def look():
@@ -60,15 +62,16 @@ class Checkpoints:
                     raise ValueError(f"{file} of rank 0 is not there: all ranks must see the same {self.folder}")
                 time.sleep(0.1)
 
-        # not rank 0: a lock of POSIX is lost when its process closes the file, however often it has it open
+        # rank 0 must not look: a process loses its POSIX lock when it closes the file, even if it has it open twice
         together((lambda: None) if self.manager.is_main else look)
 
     def save(self, step, model, optimizer, extra, tag="", keep=0, more=None, copy=True, beside=None):
         """Start saving weights, optimizer and `extra` (JSON) as step-N; training may go on when this returns.
 
-        `finish` completes it. keep: so many checkpoints with this tag stay, the newest (0: all). more: other tensors, by name.
-        copy: the state is copied to the CPU and written beside training; without it this returns when all is written.
-        beside: a function that writes another .safetensors into the folder that it is given; all ranks call it.
+        `finish` completes it. keep: the number of checkpoints with this tag to keep, the newest ones (0: all). more: {name:
+        tensor} of other tensors. copy: copy the state to the CPU and write it while training goes on; if False, return when
+        everything is written. beside: a function that writes another .safetensors into the folder it is given; all ranks
+        call it.
         """
         self.finish()
         manager, temporary = self.manager, self.folder / f"tmp-step-{step}"
@@ -84,11 +87,11 @@ class Checkpoints:
         written = start(tensors, storage_writer=writer, process_group=self.group)
         self._written = ThreadPoolExecutor(1).submit(self._read_back, written, temporary)
         manifest = extra | dict(step=step, tag=tag, saved=time.time())
-        patience = 0.9 * self.timeout  # less than that of ranks that wait for this one
+        patience = 0.9 * self.timeout  # less than the time-out of the ranks that wait for this one
         self._complete = partial(self._finish_save, temporary, manifest, keep, patience)
 
     def _read_back(self, written, temporary):
-        """Return, in a thread and when all ranks have written, the checksums of this rank's share of the files."""
+        """Wait, in a thread, until all ranks have written; return the checksums of this rank's share of the files."""
         written.result()
         files = sorted(temporary.glob("*.safetensors"))
         return {file.name: checksum(file) for file in files[self.manager.rank :: self.manager.world_size]}
@@ -102,39 +105,39 @@ class Checkpoints:
 
         try:
             parts = together(partial(_or_oserror, f"{temporary} could not be written", wait))
-        except OSError:  # on a full disk it takes what the next try needs
+        except OSError:  # on a full disk it takes the space that the next try needs
             on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
             raise
         manifest["files"] = {name: sums for part in parts for name, sums in part.items()}
         on_main(partial(self._publish, temporary, manifest, keep))
 
     def _publish(self, temporary, manifest, keep):
-        """Write, on rank 0, the manifest, then the name that says that all is there."""
+        """Write the manifest, then rename the folder, which says that it is complete. Only rank 0 calls this."""
         final = self.folder / f"step-{manifest['step']}"
-        # the order is a counter's: a clock may be set back
+        # a counter gives the order, since a clock may be set back
         serial = 1 + max([there["serial"] for _, there in manifests(self.folder) if there], default=0)
         write_manifest(temporary, manifest | dict(serial=serial))
         if final.exists():
             remove(final)
         os.rename(temporary, final)
-        # of this run; what train_min.py saved, without checksums, is never removed
+        # only checkpoints of this run; those of train_min.py, which have no checksums, are never removed
         same = [path for path, m in manifests(self.folder) if m and m["files"] and m["tag"] == manifest["tag"]]
         for path in same[keep:] if keep else []:
             remove(path)
 
     def ready(self):
-        """Whether there is a save to finish, for which this rank need not wait."""
+        """Return whether this rank has written the save in progress, so that `finish` need not wait for it."""
         return self._written.done()
 
     def finish(self):
-        """Complete the save under way, if there is one. OSError if it failed."""
+        """Complete the save in progress, if there is one. OSError if it failed."""
         complete, self._complete = self._complete, None
         if complete:
             complete()
         self._written = Future()
 
     def find(self, tag=None):
-        """The newest checkpoint (with this tag) that is whole: (path, manifest). Damaged ones are named and passed over.
+        """Return (path, manifest) of the newest undamaged checkpoint (with this tag). Damaged ones are named and skipped.
 
         FileNotFoundError if there is none.
         """
@@ -148,7 +151,7 @@ class Checkpoints:
                 together(partial(check_files, path, mine))
                 return path, manifest
             except (OSError, ValueError) as problem:
-                problems += [problem] if manifest or tag is None else []  # else nobody knows whose it is
+                problems += [problem] if manifest or tag is None else []  # it may be another run's
                 if manager.is_main:
                     print(printable(f"skipping {path}: {problem}"), file=sys.stderr, flush=True)
         if problems:
@@ -156,7 +159,8 @@ class Checkpoints:
         raise FileNotFoundError(f"no checkpoint in {self.folder}: there is no step-N folder in it")
 
     def load(self, path, model=None, optimizer=None, more=None):
-        """Load what `find` gave into the model, the optimizer, more: any layout, sharded or not. Frozen weights stay."""
+        """Load a checkpoint from `find` into the model, the optimizer and `more`, on any layout, sharded or not. Frozen
+        weights are left as they are."""
         told, reader = f"{path} could not be loaded", dcp.HuggingFaceStorageReader(str(path))
         tensors, saved = _tensors(model, optimizer, more), _or_oserror(told, reader.read_metadata).state_dict_metadata
         # a parameter that never had a gradient has no state, there or here
@@ -171,7 +175,7 @@ class Checkpoints:
 
 
 def _save_at_once(tensors, **rules):
-    """What dcp.async_save does, done when this returns."""
+    """Save like dcp.async_save, but return only when everything is written."""
     written = Future()
     try:
         written.set_result(dcp.save(tensors, **rules))
@@ -181,7 +185,8 @@ def _save_at_once(tensors, **rules):
 
 
 def _tensors(model, optimizer, more):
-    """Return everything that training changes, by name: train_min.py's tensors but for frozen weights, and `more`."""
+    """Return {name: tensor} of everything that training changes: train_min.py's tensors without frozen weights, and
+    `more`."""
     frozen = {f"model.{name}" for name, param in model.named_parameters() if not param.requires_grad} if model else ()
     named = tensors_of(model, optimizer) if model else {}
     named = {name: tensor for name, tensor in named.items() if name not in frozen}
@@ -189,22 +194,23 @@ def _tensors(model, optimizer, more):
 
 
 def _check_state(model, optimizer):
-    """Raise ValueError for a state of the optimizer that is no tensor: it would not be saved."""
+    """Raise ValueError if the optimizer has state that is not a tensor, since it would not be saved."""
     for name, value in get_optimizer_state_dict(model, optimizer, options=FLAT).items():
         if name.startswith("state.") and not isinstance(value, torch.Tensor | None):
             raise ValueError(f"optimizer {name} is of type {type(value).__name__}: only tensors are saved")
 
 
 def _or_oserror(told, function):
-    """Call it. Whatever goes wrong in torch.distributed.checkpoint is an OSError of one sentence."""
+    """Call `function` of torch.distributed.checkpoint, and turn any error in it into an OSError of one sentence."""
     try:
         return function()
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
         raise OSError(f"{told}: {sentence_of(error)}") from None
 
 
 def manifests(folder):
-    """[(step-N folder, its manifest)]: the damaged, whose manifest is None, then the one completed last; never links."""
+    """Return [(step-N folder, manifest)]: first those with a damaged manifest (None), then the newest ones first. Links are
+    ignored."""
     found = [p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
     read = []
     for path in (p for p in found if not p.is_symlink()):
@@ -221,7 +227,7 @@ def make_empty(folder):
 
 
 def remove(checkpoint):
-    """Delete a step-N folder; killed halfway, it leaves nothing behind that is called so."""
+    """Delete a step-N folder. It is renamed first, so that a kill halfway leaves no damaged step-N."""
     leaving = checkpoint.with_name(f"tmp-{checkpoint.name}-leaving")
     shutil.rmtree(leaving, ignore_errors=True)
     os.rename(checkpoint, leaving)
@@ -235,7 +241,7 @@ def write_manifest(folder, manifest):
 
 
 def read_manifest(folder):
-    """Return the manifest of a checkpoint; ValueError if it is not what was saved, or if other weights lie beside it."""
+    """Return the manifest of a checkpoint. ValueError if it was changed, or if the folder has weights that are not in it."""
     try:
         manifest = read_json(Path(folder) / "manifest.json")
         if "files" not in manifest and "crc32" not in manifest:  # train_min.py's
@@ -251,7 +257,7 @@ def read_manifest(folder):
 
 
 def check_files(folder, saved):
-    """ValueError for a file that is not the [bytes, crc32] that was saved. Sizes are looked at before anything is read."""
+    """Raise ValueError for a file that differs from the [bytes, crc32] that were saved. Sizes are compared first."""
     for name, (size, crc) in saved.items():
         file = Path(folder) / name
         if not file.is_file():

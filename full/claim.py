@@ -1,4 +1,4 @@
-"""A folder, or a name in it, belongs to one running program at a time. Two that wrote the same names would mix their files."""
+"""Reserve a folder, or a name in it, for one running program: two that wrote the same names would mix their files."""
 
 import fcntl
 import os
@@ -13,22 +13,22 @@ HELD = []  # the locks of this process, open until it ends
 
 
 def claim(folder, name=None, lock=".lock"):
-    """Make a folder and keep it, or a name in it, to this program for as long as rank 0 lives. Every rank calls it.
+    """Make a folder and reserve it, or a name in it, for this program until rank 0 ends. Every rank calls it.
 
-    lock: the lock's own name. Return who has it now. ValueError where a live program has it. What writers that were killed
-    have left in a folder is removed.
+    lock: the name of the lock file. Return a sentence that identifies this process. ValueError if a live program has it.
+    Unfinished files of writers that were killed are removed.
     """
     file = Path(folder, f".{name}.lock" if name else lock)
 
     def hold():
         file.parent.mkdir(parents=True, exist_ok=True)
-        held = open(file, "a+")  # a lock of POSIX: it ends with this process, and loaders don't inherit it
-        until = time.monotonic() + 5  # as long as a rank of a job that was killed may take to notice
+        held = open(file, "a+")  # a POSIX lock ends with this process, and loader processes don't inherit it
+        until = time.monotonic() + 5  # a rank of a killed job may take that long to notice
         while True:
             try:
                 fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except (BlockingIOError, PermissionError):  # a live program's
+            except (BlockingIOError, PermissionError):  # a live program has it
                 if time.monotonic() > until:
                     owner = file.read_text().strip()
                     raise ValueError(f"{Path(folder, name or '')} is in use by another run, {owner}") from None

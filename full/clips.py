@@ -1,4 +1,4 @@
-"""Clips: what is to be sampled, what it is made of, and its files. Training's previews are clips too."""
+"""Decide which clips to sample, name their files and write them. Training's previews are clips too."""
 
 import hashlib
 import json
@@ -19,19 +19,19 @@ from infer_min import colour_blocks, gif, sample
 from sampler import seeded
 from train_min import Shapes
 
-# flags that do not change what is in a clip, those of earlier versions too; its checkpoint's files are among `shared`
+# flags, earlier versions' too, that do not change a clip's pixels; the checkpoint's files are in `shared`
 OUTSIDE = (
     "output overwrite embeds prompts clips dp sp shard offload memory device compile attention timeout profile debug score checkpoint "
     "naming export given changed named"
 )
-LONGEST = 80  # bytes of a clip's file name, its ending included
+LONGEST = 80  # bytes of a clip's file name, with its ending
 
 
 class Clip:
-    """One clip to be: its prompt, its seed, the facts that decide what is in it, its files.
+    """One clip to sample: its prompt, its seed, the facts that decide its pixels, and its files.
 
-    name: of its files, without ending; None: in the folder --output, by prompt and seed. shared: fingerprints of the files
-    that all clips are made of.
+    name: the name of its files, without ending; None: made of prompt and seed, in the folder --output. shared: fingerprints
+    of the files that all clips are made of.
     """
 
     def __init__(self, args, prompt, seed, shared, name=None):
@@ -40,21 +40,21 @@ class Clip:
         self.prompt, self.seed, self.name = prompt, seed, name or f"{args.output}{file_name(words, seed, same)}"
         self.endings = (".mp4", ".safetensors") if args.model else (".safetensors",)
         self.made_by = {k: v for k, v in vars(args).items() if k not in OUTSIDE.split()}
-        kernel = args.attention if args.attention != "sdpa" else None  # as before there was another
+        kernel = args.attention if args.attention != "sdpa" else None  # None: as when there was no other
         self.made_by |= dict(prompt=prompt, seed=seed, kernel=kernel, shared=shared) | embeds
 
     def is_made(self):
-        """Return whether it exists, complete, and made by the same flags."""
+        """Return whether all its files exist and were made by the same flags."""
         there = all(Path(self.name + ending).is_file() for ending in self.endings)
         return there and self.is_ours()
 
     def is_ours(self):
-        """Return whether its latents are there, made by the same flags."""
+        """Return whether its latents exist and were made by the same flags."""
         ignored = set(OUTSIDE.split()) - {"embeds"}
         return was_made_by(self.name + ".safetensors", self.made_by, ignored)
 
     def is_taken(self):
-        """Return whether there is a file that another clip has, or anything else."""
+        """Return whether a file of that name exists which is not this clip's."""
         there = [ending for ending in (".safetensors", ".mp4", ".gif", ".png") if os.path.lexists(self.name + ending)]
         return bool(there) and not self.is_ours()
 
@@ -64,7 +64,7 @@ class Clip:
 
 
 def make_clips(args, prompts, shared):
-    """Return the clips: --clips of each prompt; each time that a prompt comes again, with the next seed."""
+    """Return the clips to make: --clips of each prompt. A prompt that comes again takes the next seed."""
     times, clips, count = Counter(), [], len(prompts) * args.clips
     for n, prompt in enumerate(prompt for prompt in prompts for _ in range(args.clips)):
         name = None if args.output.endswith("/") else args.output + f"-{n}" * (count > 1)
@@ -74,9 +74,10 @@ def make_clips(args, prompts, shared):
 
 
 def file_name(words, seed, same=None):
-    """Return a name of at most LONGEST bytes for a clip's files, ending included: its words, in any script, and its seed.
+    """Return a name for a clip's files, of at most LONGEST bytes with the ending: its words, in any script, and its seed.
 
-    Other words have another name: six digits tell apart those that look alike in it. same: what to take for these.
+    Different words give different names: six hex digits are added where the words alone would not show it. same: what these
+    digits are made of, by default the words.
     """
     text = unicodedata.normalize("NFC", words).lower()
     kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
@@ -87,15 +88,16 @@ def file_name(words, seed, same=None):
 
 
 def write_clip(name, prompt, latents, pixels=None, draw=False, **header):
-    """Write a clip's files, each whole or not at all. pixels: [3, F, H, W] of a VAE; without, latents of the toy are pixels."""
+    """Write a clip's files, each completely or not at all. pixels: [3, F, H, W] of a VAE; the toy's latents are pixels
+    already."""
     endings = (".safetensors", ".png", ".mp4") if pixels is not None else (".safetensors", ".gif")
-    for ending in endings:  # an older clip's: what is there after a kill must be of one clip
+    for ending in endings:  # an older clip's files: after a kill, all files that exist must be of one clip
         Path(name + ending).unlink(missing_ok=True)
     save_tensors(name + ".safetensors", dict(latents=latents), **header)
     if pixels is not None:
         frames = to_bytes(pixels)
         replace_file(name + ".png", strip(frames))
-        replace_file(name + ".mp4", mp4(frames))  # last: it says that all is there
+        replace_file(name + ".mp4", mp4(frames))  # last, since it says that the clip is complete
     elif len(latents) == 3:
         gif(latents, name)
     if draw:
@@ -106,7 +108,7 @@ def write_clip(name, prompt, latents, pixels=None, draw=False, **header):
 
 
 def check_finite(values, prompt):
-    """Raise ValueError, on every rank, for a clip that is not finite on one. values: latents, pixels or None."""
+    """Raise ValueError on every rank if a clip is not finite on one of them. values: latents, pixels or None."""
 
     def check():
         if values is not None and not values.isfinite().all():
@@ -120,9 +122,9 @@ def check_finite(values, prompt):
 
 
 def read_prompts(args, config):
-    """Return the prompts, or the files of embeds in their place. ValueError if words alone will not do.
+    """Return the prompts, or the files of --embeds instead. ValueError if the model can't use words alone.
 
-    Only a snapshot's encoders understand words; the toy and random weights (a benchmark) take hashed ones.
+    Real words need a snapshot's encoders. The toy and random weights (a benchmark) take hashed words.
     """
     toy, random = config.out_channels == 3, bool(args.config and not args.weights)
     words = [*(args.prompt or ()), *lines_of(args.prompts)]
@@ -144,7 +146,7 @@ def read_prompts(args, config):
 
 
 def lines_of(file):
-    """Return the lines of a text file that hold something."""
+    """Return the lines of a text file that are not blank."""
     if not file:
         return []
     lines = [line.strip() for line in read_utf8(file).split("\n")]
@@ -154,7 +156,7 @@ def lines_of(file):
 
 
 def embed_prompts(args, config, prompts):
-    """Return {prompt: (text, pooled)} and the negative (text, pooled), without a snapshot's encoders."""
+    """Return {prompt: (text, pooled)} and the negative prompt's (text, pooled), without a snapshot's encoders."""
     read, texts = (read_text if args.embeds else Shapes.embed), {}
     together(lambda: texts.update((prompt, read(prompt, config)) for prompt in prompts))  # each group reads its own
     negative = read_text(args.negative_embeds, config) if args.negative_embeds else None
@@ -166,9 +168,10 @@ def embed_prompts(args, config, prompts):
 
 
 class Preview:
-    """Clips of one prompt by a model in training, in 20 steps from the same noise every time.
+    """Sample one prompt with a model in training, in 20 steps, from the same noise every time.
 
-    shape: of the latents, [C, T, h, w]. snapshot: the text-to-video snapshot whose encoders and VAE are used; None for the toy.
+    shape: [C, T, h, w] of the latents. snapshot: the text-to-video snapshot whose encoders and VAE are used; None for the
+    toy.
     """
 
     def __init__(self, pm, config, shape, prompt, snapshot=None):
@@ -181,10 +184,10 @@ class Preview:
         self.text, self.pooled = (x.to(pm.device) for x in texts[prompt])
 
     def write(self, model, name):
-        """Write NAME.mp4 or .gif, as full.infer does. Every rank calls it."""
+        """Sample and write NAME.mp4 or .gif, as full.infer does. Every rank calls it."""
         try:
             self._write(model, name)
-        except (OSError, ValueError) as error:  # on all ranks alike; training goes on
+        except (OSError, ValueError) as error:  # raised on all ranks alike; training continues
             if self.pm.is_main:
                 say(f"{name} is not written: {error}")
 

@@ -1,4 +1,4 @@
-"""What the tests beside `full/` share. Their harness, ranks and launches, is test_sp.py's."""
+"""Share fixtures among the tests in `full/`. Their harness, ranks and launches, is test_sp.py's."""
 
 import contextlib
 import sys
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def modules_with_layouts(request, tmp_path_factory):
-    """{module: function from a layout to (folder, exit codes)}."""
+    """Return {module: function from a layout to (folder, exit codes)}."""
     items = request.session.items
     with contextlib.ExitStack() as stack:
         yield {

@@ -3,9 +3,9 @@
     $ torchrun --nproc_per_node=2 -m full.encode --model SNAPSHOT --videos videos/ --output latents/
     $ python -m full.encode --model SNAPSHOT --prompts prompts.txt --output embeds/    # what --embeds takes
 
-The ranks take turns at the files. A sample is written whole or not at all; one that exists, made by the same flags of the
-same file, is not made again. What can't be read, is not used, or is read in a way worth knowing, is named and counted.
-Needs the extra [pipeline].
+The files are divided among the ranks. A sample is written completely or not at all, and skipped if the same flags have made
+it of the same file before. Files that can't be read or are not used are named and counted, and so is what a person should
+know of the others. Needs the extra [pipeline].
 """
 
 import json
@@ -67,7 +67,7 @@ def encode(args):
 def encode_videos(pm, snapshot, facts, args):
     """Encode videos and images with captions -> one .safetensors each, as full.train reads them; and the empty prompt.
 
-    facts: the snapshot's.
+    facts: fingerprints of the snapshot's files.
     """
     out, began = Path(args.output), time.perf_counter()
     entries, unused = faults.on_main(lambda: videos_and_captions(Path(args.videos)))
@@ -76,7 +76,7 @@ def encode_videos(pm, snapshot, facts, args):
     tools = []
     if pm.is_main:
         say(f"loading the encoders of {args.model}")
-    for rank in range(pm.world_size):  # one after another: a host reads one rank's encoders at a time
+    for rank in range(pm.world_size):  # one rank after another, so that a host reads one rank's encoders at a time
         faults.together(partial(load_tools, tools, snapshot, pm) if pm.rank == rank else lambda: None)
     made_by = dict(size=[args.height, args.width, args.frames, args.no_buckets])
     made_by |= dict(kind=snapshot.kind, encoders=facts, template=template_of(snapshot.kind))
@@ -85,7 +85,7 @@ def encode_videos(pm, snapshot, facts, args):
         empty = dict(zip(("text", "pooled"), encoders(""))) if pm.is_main else {}
         faults.on_main(lambda: save_tensors(out / Folder.EMPTY, empty))
 
-    results = []  # (what became of an entry, notes)
+    results = []  # [(outcome, notes)] of the entries
     for n in range(0, len(found), pm.world_size):
         mine = found[n : n + pm.world_size][pm.rank :][:1]
         work = partial(encode_one, *mine[0], encoders, vae, made_by, args) if mine else lambda: None
@@ -106,7 +106,7 @@ def encode_videos(pm, snapshot, facts, args):
 
 
 def report(entries, unused, results, args):
-    """Print what was made, and what a person should know of it before training."""
+    """Print what was made, and what a person should know before training on it."""
     out, outcomes = Path(args.output), [outcome for outcome, _ in results]
     made, replaced, there = (outcomes.count(kind) for kind in ("made", "replaced", "there"))
     older = f", {replaced} in place of older ones" * (replaced > 0)
@@ -129,17 +129,17 @@ def load_tools(tools, snapshot, pm):
 
 
 def size_of(file):
-    """Return what tells two files of one name apart: bytes, a fingerprint of their beginnings; None if it can't be read."""
+    """Return [bytes, a fingerprint of the beginning], by which ranks compare a file; None if it can't be read."""
     try:
         return [file.stat().st_size, fingerprint([file], whole=0)] if file.is_file() else None
-    except (OSError, ValueError):  # encode_one says why: a name may be no UTF-8
+    except (OSError, ValueError):  # encode_one reports why, e.g. a name that is not UTF-8
         return None
 
 
 def encode_one(entry, size, encoders, vae, made_by, args):
-    """Write a file's sample; return ("made", "replaced", "there" or why it is skipped, notes).
+    """Write a file's sample. Return its outcome ("made", "replaced", "there", or why it is skipped) and its notes.
 
-    size: size_of it on rank 0. notes: what a person should know, as read_frames says it.
+    size: its size_of on rank 0. notes: what a person should know, from read_frames.
     """
     target = Path(args.output) / f"{entry.name}.safetensors"
     older, kind, notes = target.exists(), made_by["kind"], set()

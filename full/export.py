@@ -1,10 +1,10 @@
-"""Write weights for others: what training saved, or a snapshot's with LoRA files merged, in bfloat16.
+"""Write weights for other programs, in bfloat16: those that training saved, or a snapshot's with LoRA files merged.
 
     $ python -m full.export --checkpoint out --naming diffusers --output released/
     $ python -m full.export --model SNAPSHOT --lora cat/lora.safetensors --naming diffusers --output merged/
     $ torchrun --nproc_per_node=2 -m full.export --model SNAPSHOT --checkpoint out --shard --output tuned/
 
-Ranks share the weights with --shard; rank 0 writes. Needs huggingface_hub, of the extra [pipeline].
+With --shard the ranks share the weights. Rank 0 writes. Needs huggingface_hub, of the extra [pipeline].
 """
 
 from dataclasses import asdict

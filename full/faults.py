@@ -1,7 +1,8 @@
-"""Faults: whatever ends a rank ends the job soon, with one sentence and status 1, and saves where it was asked to.
+"""End the whole job soon, with one sentence and status 1, when anything ends one of its ranks; and turn signals into
+requests.
 
 `init` makes the process group with our time-outs and hands the mesh to a ParallelManager; `run` calls a program's main;
-`together` and `on_main` raise one rank's error on all ranks; `catch_signals` turns signals into requests.
+`together` and `on_main` raise one rank's error on all ranks; `catch_signals` notes who was asked to save or stop.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from full.files import printable
 def init(dp=None, sp=1, device_type=None, timeout=600.0):
     """Return a ParallelManager whose groups all wait `timeout` seconds for a rank that never comes.
 
-    ValueError if other ranks would never be met, or if a rank has no GPU of its own.
+    ValueError if this rank would never meet the others, or has no GPU of its own.
     """
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if not dist.is_initialized():
@@ -45,7 +46,7 @@ def init(dp=None, sp=1, device_type=None, timeout=600.0):
 
 
 def limit_waits(mesh, timeout):
-    """Give the groups of a mesh this time-out in seconds: those that init_device_mesh makes wait for 30 minutes."""
+    """Set the time-out of a mesh's groups, in seconds: as init_device_mesh makes them, they wait for 30 minutes."""
     # public from torch 2.14 on
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in mesh.get_all_groups():
@@ -53,7 +54,7 @@ def limit_waits(mesh, timeout):
 
 
 def check_launch():
-    """Raise ValueError if other ranks would never be met: each would train alone, into the same folder."""
+    """Raise ValueError if the ranks would never meet: each would train alone, into the same folder."""
     env, how = os.environ, "start this with torchrun, once on each host"
     if "RANK" not in env:
         for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
@@ -64,7 +65,7 @@ def check_launch():
 
 
 def init_process_group(backend, timeout):
-    """Meet by torchrun's rendezvous, or be a world of one without it (no port, no environment)."""
+    """Meet the other ranks by torchrun's rendezvous; without torchrun be a world of one, which needs no port."""
     env = os.environ
     if "RANK" not in env:
         return dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -97,7 +98,7 @@ def together(function):
 
 
 def on_main(function):
-    """Run `function` on rank 0 and return its result on every rank; its OSError or ValueError is raised on every rank."""
+    """Run `function` on rank 0 and return its result on every rank. Every rank raises its OSError or ValueError."""
     return together(function if dist.get_rank() == 0 else lambda: None)[0]
 
 
@@ -106,17 +107,17 @@ def on_main(function):
 
 
 def run(main, folder, debug=False, cure=None):
-    """Call main(), which returns a ParallelManager, and end the process: with status 0, or one sentence and status 1.
+    """Call main(), which returns a ParallelManager, and end the process: with status 0, or with one sentence and status 1.
 
-    The sentence is also the cause that torchrun shows. folder: where main writes; a full disk does not say where.
-    cure: a function that says what would need less of a GPU's memory.
+    torchrun shows that sentence as the cause. folder: where main writes, since the error of a full disk does not say where.
+    cure: a function that returns what would need less of a GPU's memory.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     watch_launcher()
     try:
         main().close()
-    except BaseException as error:  # CheckpointException, say, is no Exception
+    except BaseException as error:  # CheckpointException, for one, is not an Exception
         sentence, lost = explain(error, folder)
         if isinstance(error, torch.OutOfMemoryError):
             sentence = about_gpu(error, cure)
@@ -124,27 +125,27 @@ def run(main, folder, debug=False, cure=None):
         with contextlib.suppress(OSError):
             if debug:
                 traceback.print_exc()
-            print(f"error: {sentence}\n", end="", file=sys.stderr, flush=True)  # in one piece, as other ranks print too
+            print(f"error: {sentence}\n", end="", file=sys.stderr, flush=True)  # in one piece: other ranks print too
         to_launcher(sentence)
         if not dist.is_initialized():
-            time.sleep(0.5)  # others say the same; torchrun ends them as soon as one is gone
+            time.sleep(0.5)  # other ranks print the same, but torchrun ends them as soon as one is gone
         elif not lost:
             # give the other ranks time to hit the same error: if rank 0, which hosts the store, left first, they would
             # report a lost connection instead
             say_and_wait("leaving", 5.0)
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
         if restarts and isinstance(error, ValueError | FileNotFoundError):
-            # the first rank that ends asks, or it is too late
+            # by the first rank that ends; a later one would be too late
             why = f"another try would end the same: torchrun is stopped, with --max-restarts {restarts}"
             print(why, file=sys.stderr)
             os.kill(os.getppid(), signal.SIGTERM)
-        os._exit(1)  # what other ranks wait for may never come
+        os._exit(1)  # a normal exit could wait for ranks that never answer
 
 
 def explain(error, folder):
-    """Return what happened in one sentence, and whether it is that another rank is lost."""
+    """Return one sentence on what happened, and whether it happened because another rank is lost."""
     text = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
-    if str(error).startswith("Caught "):  # in a process that loads data: its traceback comes along
+    if str(error).startswith("Caught "):  # raised in a process that loads data, with its traceback
         return f"loading data: {sentence_of(error).partition(': ')[2]}{about_memory(str(error))}", False
     if isinstance(error, OSError):
         if error.errno and not error.filename:
@@ -164,7 +165,7 @@ def explain(error, folder):
 
 
 def sentence_of(error):
-    """Return the line that says what happened, of an exception that may carry other ranks' tracebacks."""
+    """Return the line of an exception that says what happened; it may carry tracebacks of other ranks."""
     lines = [line.strip() for line in str(error).splitlines() if re.match(r"\s*[\w.]*(Error|Exception)", line)]
     return lines[-1] if lines else (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -175,7 +176,7 @@ def about_memory(text):
 
 
 def about_gpu(error, cure):
-    """Return the sentence for a GPU whose memory is too small."""
+    """Return one sentence on a GPU whose memory is too small, with the cure."""
     asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
     limit = re.search(r"([\d.]+ \w+) allowed", str(error)) or re.search(r"total capacity of ([\d.]+ \w+)", str(error))
     numbers = f"{asked[1]} more" if asked else "more"
@@ -183,7 +184,7 @@ def about_gpu(error, cure):
 
 
 def to_launcher(sentence):
-    """Write the cause that torchrun shows."""
+    """Write the sentence that torchrun shows as the cause."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = dict(py_callstack=sentence, timestamp=str(int(time.time())))
         with contextlib.suppress(OSError):
@@ -191,7 +192,7 @@ def to_launcher(sentence):
 
 
 def watch_launcher():
-    """End this rank as soon as its torchrun is gone: an orphan would go on writing beside the next job."""
+    """End this rank as soon as its torchrun is gone: an orphan would keep writing while the next job does."""
     launcher = os.getppid()
 
     def watch():
@@ -209,18 +210,20 @@ def watch_launcher():
 
 
 def silent_ranks():
-    """Return who is missing when a collective has failed here: ranks that have not said so too within a second."""
+    """Return the ranks that are missing after a collective failed here: those that do not report a failure within a
+    second."""
     return say_and_wait("failed", 1.0)
 
 
 def failed_ranks():
-    """Return the ranks that have said that a collective failed on them."""
+    """Return the ranks that have reported a failure."""
     store = dist.distributed_c10d._get_default_store()
     return [rank for rank in range(dist.get_world_size()) if store.check([key_of("failed", rank)])]
 
 
 def say_and_wait(word, seconds):
-    """Say to all ranks that this one has failed, or is leaving; return those that have not said so after some seconds."""
+    """Report to all ranks that this one has "failed" or is "leaving". Wait until all have, at most `seconds`; return the
+    rest."""
     try:
         store, others = dist.distributed_c10d._get_default_store(), set(range(dist.get_world_size()))
         store.set(key_of(word, dist.get_rank()), "1")
@@ -228,9 +231,9 @@ def say_and_wait(word, seconds):
         while others and time.monotonic() < until:
             time.sleep(0.02)
             others = {rank for rank in others if not store.check([key_of(word, rank)])}
-        time.sleep(0.1)  # where the store is rank 0's, the others have yet to look
+        time.sleep(0.1)  # the store may live in rank 0: give the others time to read it
         return sorted(others)
-    except dist.DistError:  # without torchrun the store is rank 0's, and gone with it
+    except dist.DistError:  # without torchrun the store lives in rank 0, and is gone with it
         return [0]
 
 
@@ -239,16 +242,15 @@ def key_of(word, rank):
 
 
 def catch_signals():
-    """Return {"save", "stop"}, set by signals. SIGUSR1: save. SIGTERM (Slurm, spot hosts, torchrun), Ctrl-C: save and stop.
-
-    Ctrl-C again stops at once. (torchrun passes the first one on, so that each rank gets it twice within a moment.)
+    """Return {"save", "stop"}, which signals set. SIGUSR1: save. SIGTERM (Slurm, spot hosts, torchrun) and Ctrl-C: save and
+    stop. A second Ctrl-C stops at once. (torchrun passes the first one on, so each rank gets it twice within a moment.)
     """
     requests, first = dict(save=False, stop=False), []
 
     def stop(number, _):
-        if failed := failed_ranks():  # torchrun clears up after a rank: there will be no next step
+        if failed := failed_ranks():  # torchrun ends the other ranks, too: there is no next step
             if dist.get_rank() in failed:
-                return  # this one is about to say so
+                return  # this rank is about to print its own sentence
             os.write(2, f"error: rank {failed[0]} has failed\n".encode())
             os._exit(1)
         if number == signal.SIGINT:
@@ -264,6 +266,6 @@ def catch_signals():
 
 
 def ignore_signals(_):
-    """Ignore them in a process that loads data: launchers signal whole groups, and training decides what to do."""
+    """Ignore signals in a process that loads data: launchers signal whole groups, and training decides what to do."""
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

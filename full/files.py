@@ -1,4 +1,4 @@
-"""Files: read with one sentence for what is wrong, written whole or not at all. Needs safetensors."""
+"""Read files with one sentence on what is wrong with them, and write them completely or not at all."""
 
 import contextlib
 import hashlib
@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path whose file becomes `path` when the block ends well: all of it or nothing, also if killed.
+    """Yield a temporary path, and rename its file to `path` when the block ends well: a kill leaves the old file or the new.
 
-    Its name is of this call alone, and no link is followed. OSError names the path.
+    The temporary name is unique, and links are not followed. OSError names `path`.
     """
     path, temporary = Path(path), None
     try:
@@ -25,11 +25,11 @@ def replacing(path):
         temporary = Path(temporary)
         yield temporary
         os.umask(umask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~umask)  # temporary files, and the library's, are for nobody else to read
+        os.chmod(temporary, 0o666 & ~umask)  # temporary files, and the library's, are readable by their owner only
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:  # a full disk does not say where
+    except (OSError, SafetensorError) as error:  # the error of a full disk does not say where
         raise OSError(f"{path} could not be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         if temporary:
@@ -37,20 +37,20 @@ def replacing(path):
 
 
 def replace_file(path, data):
-    """Write bytes or text."""
+    """Write bytes or text to `path`, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
 def save_tensors(path, tensors, **header):
-    """Write {name: tensor} as a .safetensors file with these strings in its header, readable as other files are."""
+    """Write {name: tensor} as a .safetensors file with the strings of `header` in its header."""
     with replacing(path) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, temporary, dict(format="pt") | header)
 
 
 def read_utf8(path):
-    """Return the text of a file, without a byte order mark; ValueError if it is not UTF-8."""
+    """Return the text of a file without its byte order mark. ValueError if it is not UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -58,7 +58,7 @@ def read_utf8(path):
 
 
 def read_json(path):
-    """Return the object in a JSON file; ValueError if the file holds anything else."""
+    """Return the object in a JSON file. ValueError if the file holds anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -80,8 +80,9 @@ def checksum(path):
 def fingerprint(paths, whole=100 << 20, like=""):
     """Return a hex string made of the names, sizes and contents of these files.
 
-    Files of at most `whole` bytes count whole; larger ones by their header and by the ends of every tensor, or, if they are
-    no .safetensors, by some of every MiB. like: a fingerprint to compare with; one of an earlier version is made as then.
+    All bytes of a file of at most `whole` bytes count. Of a larger .safetensors the header and the ends of every tensor
+    count, of another large file 4 KiB of every MiB. like: the fingerprint to compare with; one of an earlier version is made
+    as it was.
     """
     digest, paths = hashlib.sha256(), [Path(path) for path in paths]
     for path in paths:
@@ -96,7 +97,7 @@ def fingerprint(paths, whole=100 << 20, like=""):
 
 
 def samples_of(path, file, whole, earlier):
-    """Return [(start, length)] of the bytes of a file that its fingerprint is made of."""
+    """Return [(start, length)], the bytes of a file that count in its fingerprint."""
     size, ends = path.stat().st_size, []
     if earlier:
         return [(size * part // 16, 4096) for part in range(16)]
@@ -106,7 +107,7 @@ def samples_of(path, file, whole, earlier):
     if path.suffix == ".safetensors" and header < min(size, 100 << 20):
         with contextlib.suppress(
             ValueError, KeyError, TypeError, AttributeError, RecursionError
-        ):  # refused when it is read
+        ):  # such a file is refused when it is read
             tensors = [entry for name, entry in json.loads(file.read(header - 8)).items() if name != "__metadata__"]
             ends = [(start, max(start, stop - 64)) for start, stop in (entry["data_offsets"] for entry in tensors)]
     if not ends:
@@ -115,12 +116,12 @@ def samples_of(path, file, whole, earlier):
 
 
 def printable(text):
-    """Escape what can't be printed: names from files may hold anything, a terminal's commands too."""
+    """Escape characters that can't be printed: names from files may hold anything, even commands for the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def visible(folder, pattern):
-    """Return the files of a folder that match, sorted, without hidden ones."""
+    """Return the files of a folder that match a pattern, sorted, without hidden ones."""
     return sorted(file for file in Path(folder).glob(pattern) if not file.name.startswith("."))
 
 
@@ -129,7 +130,7 @@ def visible(folder, pattern):
 
 
 def open_safetensors(file):
-    """Open a .safetensors file for reading; ValueError if it is none."""
+    """Open a .safetensors file for reading. ValueError if it is not one."""
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
@@ -143,9 +144,9 @@ def shapes_in(handle):
 
 
 def was_made_by(file, made_by, ignored=()):
-    """Return whether a .safetensors file exists and its header says that it was made by the same facts, {name: value}.
+    """Return whether a .safetensors file exists and its header holds the same facts {name: value} as `made_by`.
 
-    ignored: names that do not count. A fact that is missing counts as one that is false, empty or zero.
+    ignored: names that do not count. A missing fact equals one that is false, empty or zero.
     """
 
     def those_that_count(facts):

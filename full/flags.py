@@ -1,4 +1,4 @@
-"""The flags of the programs, and checks of their values. Needs nothing more."""
+"""Define the flags of the programs, and check their values."""
 
 import argparse
 import difflib
@@ -20,7 +20,7 @@ from hunyuan_sp import CHECKPOINTING, HunyuanConfig
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows a flag's default, unless its help says it or it is off by default."""
+    """Show the default of each flag, unless its help says so already or it is off by default."""
 
     def _get_help_string(self, action):
         said = action.default in (None, False, "", argparse.SUPPRESS) or "default" in action.help
@@ -28,7 +28,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints one line for flags that are wrong, once for all ranks of a host, and gives it to torchrun as the cause."""
+    """Print one line about a wrong flag, once for all ranks of a host, and give it to torchrun as the cause."""
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -48,9 +48,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(doc, **groups):
-    """Return the parser of a program and its group of own flags; its docstring is its --help.
+    """Return the parser of a program, and the group for its own flags. doc: the program's docstring, for --help.
 
-    groups: functions that add flags, by the group's title. A flag that is added again replaces the first.
+    groups: {title: function that adds flags}. A flag that is added twice keeps its second meaning.
     """
     parser = Parser(description=doc, formatter_class=Formatter, allow_abbrev=False, conflict_handler="resolve")
     own = parser.add_argument_group("this program")
@@ -60,7 +60,7 @@ def parser_of(doc, **groups):
 
 
 def add_machine_flags(parser):
-    """Add what every program has."""
+    """Add the flags that every program has."""
     flag = parser.add_argument
     flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     flag("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
@@ -68,7 +68,7 @@ def add_machine_flags(parser):
 
 
 def add_model_flags(parser):
-    """Add what training, sampling and export have in common."""
+    """Add the flags that training, sampling and export share."""
     flag = parser.add_argument
     flag("--config", help="model preset: tiny or 13b")
     flag("--blocks", help="cut the depth of --config to D,S double and single blocks, e.g. 4,8")
@@ -78,7 +78,7 @@ def add_model_flags(parser):
 
 
 def add_speed_flags(parser):
-    """Add what training and sampling have in common."""
+    """Add the flags that training and sampling share."""
     flag = parser.add_argument
     flag("--attention", default="sdpa", help="sdpa (default), or fa4: FlashAttention-4, the extra [fast]")
     flag(
@@ -90,16 +90,16 @@ def add_speed_flags(parser):
     flag("--profile", action="store_true", help="Chrome traces of the last step, trace-RANK.json.gz, by the output")
 
 
-# what goes together: a flag that is given, and those of which one must be given too
+# FLAG-OTHER or FLAG-OTHER|ANOTHER: with FLAG, one of the others must be given too
 NEEDS = "lora_alpha-lora init_lora-lora validate-validate_every sample_prompt-validate_every image-model|prompts"
 NEEDS += " negative_embeds-embeds negative_embeds-cfg negative_prompt-cfg no_buckets-videos"
-# and flags of which only one is used
+# flags of which only one is used
 APART = "embeds-prompt embeds-prompts embeds-score prompt-score prompts-score negative_embeds-negative_prompt videos-prompts"
 APART += " data-height data-width data-frames checkpoint-config clips-score overwrite-score"
 
 
 def parse_flags(parser, argv=None):
-    """Parse, and note in `args.given` which flags are typed, and in `args.changed` those of another value than the default."""
+    """Parse the flags. `args.given`: those that were typed. `args.changed`: those that differ from their default."""
     args = parser.parse_args(argv)
     typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
     args.given = sorted(name for name, value in vars(typed).items() if value is not None)
@@ -108,7 +108,7 @@ def parse_flags(parser, argv=None):
 
 
 def check_together(args, apart=""):
-    """Raise ValueError for flags that are given and would not be used. apart: more of those that are not used together."""
+    """Raise ValueError for flags that are given and would not be used. apart: more pairs that exclude each other."""
     for pair in NEEDS.split():
         name, needed = pair.split("-")
         if name in args.given and not set(needed.split("|")) & set(args.changed):
@@ -120,7 +120,7 @@ def check_together(args, apart=""):
 
 
 def check_used(args, config, sized):
-    """Raise ValueError for flags that this model has no use for. sized: whether a video's size is needed."""
+    """Raise ValueError for flags that this model does not use. sized: whether it uses a video's size."""
     unused = [] if sized else ["height", "width", "frames"]
     unused += [] if config.guidance_embed else ["guidance"]
     for name in unused:
@@ -130,7 +130,7 @@ def check_used(args, config, sized):
 
 
 def check_range(args, names, low, high=math.inf):
-    """Raise ValueError for the first of the flags whose value is outside low .. high."""
+    """Raise ValueError for the first of these flags whose value is outside low .. high."""
     for name in names.split():
         value = getattr(args, name)
         if value is not None and not (low <= value <= high and value != math.inf):
@@ -139,7 +139,7 @@ def check_range(args, names, low, high=math.inf):
 
 
 def get_config(args):
-    """Return the config of --config and --blocks, or --model's own; ValueError for what cannot be."""
+    """Return the config of --config and --blocks, or of --model. ValueError for a config that can't be."""
     changes = {}
     if args.model and (args.config or args.blocks):
         raise ValueError("--model brings its own config: leave out --config and --blocks")
@@ -161,9 +161,9 @@ def get_config(args):
 
 
 def scheduler_shift(snapshot):
-    """Return the flow shift of a snapshot's scheduler. ValueError for other rules than `shift_sigma` over even steps."""
+    """Return the flow shift of a snapshot's scheduler. ValueError for any schedule but `shift_sigma` over even steps."""
     file = Path(snapshot) / "scheduler/scheduler_config.json"
-    switches = ("use_", "invert_sigmas", "shift_terminal", "stochastic_sampling")  # of other schedules
+    switches = ("use_", "invert_sigmas", "shift_terminal", "stochastic_sampling")  # fields that mean another schedule
     try:
         config = read_json(file)
         kind, shift = config["_class_name"], float(config["shift"])
@@ -186,7 +186,7 @@ def compute_dtype(args, device):
 
 
 def parse_train(doc, argv=None, more=None):
-    """Parse the flags of full.train and full.plan: train_min.py's and more. more: a function that adds others."""
+    """Parse the flags of full.train and full.plan: those of train_min.py and more. more: a function that adds others."""
     groups = dict(training=train_min.add_flags, model=add_model_flags, speed=add_speed_flags, machine=add_machine_flags)
     parser, own = parser_of(doc, **groups)
     flag = own.add_argument
@@ -258,11 +258,12 @@ def default_batch(args, dp):
 
 
 def save_is_due(step, stop, args):
-    """Return whether to save after this step: every --save_every steps, at the end and at a stop; noise only if asked."""
+    """Return whether to save after this step: every --save_every steps, at the end and at a stop. A benchmark saves only if
+    --save_every is given."""
     every = args.save_every or (0 if is_benchmark(args) else args.steps)
     return bool(every) and (stop or step % every == 0 or step == args.steps)
 
 
 def is_benchmark(args):
-    """Return whether it trains on noise: nothing of it is worth saving."""
+    """Return whether this run trains on noise, so that nothing of it is worth saving."""
     return not args.data and args.config != "tiny"

@@ -1,4 +1,4 @@
-"""A folder of encoded samples, checked whole before training; and which samples are held out. Needs safetensors."""
+"""Read a folder of encoded samples, all of it checked before training, and hold some samples out for validation."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from train_min import RandomLatents, Shapes
 
 
 def build_data(config, args):
-    """Return the dataset of the flags: a folder, moving shapes for the toy, noise for a benchmark."""
+    """Return the dataset that the flags ask for: a folder, moving shapes for the toy, noise for a benchmark."""
     if args.data:
         return Folder(config, args.data)
     if args.model:
@@ -26,10 +26,11 @@ def build_data(config, args):
 
 
 class Folder:
-    """One .safetensors a sample: latents [C, T, h, w] (already times the VAE's 0.476986), text [L, 4096], pooled [768].
+    """Read one .safetensors per sample: latents [C, T, h, w] (already times the VAE's 0.476986), text [L, 4096], pooled
+    [768].
 
-    For image-to-video models also image [C, 1, h, w], and empty_text and empty_pooled, what a dropped caption becomes; for
-    others that is in empty_prompt.safetensors, if there is one, else a token of zeros. Items are train_min.py's.
+    Image-to-video samples also have image [C, 1, h, w], and empty_text and empty_pooled, which replace a dropped caption.
+    For text-to-video those are in empty_prompt.safetensors; without that file they are zeros. Items are like train_min.py's.
     """
 
     EMPTY = "empty_prompt.safetensors"
@@ -42,14 +43,14 @@ class Folder:
             self.empty = read_text(Path(folder, self.EMPTY), config)
         if not self.files:
             raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
-        self.origins, self.unsaid = {}, 0  # {what made samples, as JSON: the first such file}; those that do not say it
+        self.origins, self.unsaid = {}, 0  # {facts on encoders, as JSON: a file with them}; files without
         self.shapes, self.names = [self._shape(config, file) for file in self.files], [file.name for file in self.files]
         if len(self.origins) > 1:
             one, other = [*self.origins.values()][:2]
             raise ValueError(f"{one} and {other} were encoded by different snapshots: encode them again by one")
 
     def _shape(self, config, file):
-        """Return (C, T, h, w) of a file's latents. ValueError if it does not hold what it should, and that alone."""
+        """Return (C, T, h, w) of a file's latents. ValueError if the file lacks a tensor, or has another one."""
         allowed = ["latents", "text", "pooled", *("image empty_text empty_pooled".split() if self.with_image else ())]
         if not file.is_file():
             raise ValueError(f"{file} is not a file")
@@ -106,12 +107,13 @@ def largest_shape(data):
 
 
 def name_of(data, i):
-    """Return what to call sample i in a message: its file, if it has one."""
+    """Return the name of sample i for a message: its file, if it has one."""
     return str(data.files[i]) if hasattr(data, "files") else f"sample {i}"
 
 
 def contents_of(data):
-    """Return what must be equal on all ranks: of each file the header, which says what made it, and some of each tensor."""
+    """Return a fingerprint of the samples, which must be equal on all ranks: of each file's header and of part of each
+    tensor."""
     if not hasattr(data, "files"):
         return f"{len(data)} samples"
     empty = Path(data.files[0]).with_name(Folder.EMPTY)
@@ -120,7 +122,7 @@ def contents_of(data):
 
 
 def check_origin(data, model):
-    """Raise ValueError if samples were encoded by another snapshot than this one."""
+    """Raise ValueError if the samples were encoded by another snapshot than `model`."""
     files = encoder_files(model)
     for made_by, file in data.origins.items():
         stored = json.loads(made_by).get("encoders") or []
@@ -132,11 +134,11 @@ def check_origin(data, model):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what validation measures on
+# the samples that validation uses
 
 
 def hold_out(data, args):
-    """Return (what is trained on, what is held out or None): the same samples on any layout and after a resume."""
+    """Return (samples to train on, held-out samples or None): the same on any layout and after a resume."""
     if not args.validate_every:
         return data, None
     share = 0.05 if args.validate is None else args.validate
@@ -148,7 +150,7 @@ def hold_out(data, args):
 
 
 class Part:
-    """Some of the samples of a dataset."""
+    """Select some samples of a dataset, by their indices."""
 
     def __init__(self, data, indices):
         self.data, self.indices = data, indices
@@ -164,12 +166,12 @@ class Part:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what a step is taken on
+# the samples of a step
 
 
 def check_samples(pm, micro_batches, step):
-    """Raise ValueError for the classic silent bug: sp ranks that work on different samples, or on one that each has
-    augmented for itself."""
+    """Raise ValueError for the classic silent bug: sp ranks that work on different samples, or on one sample that each has
+    augmented in its own way."""
 
     def sums(batch):
         tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
@@ -181,12 +183,12 @@ def check_samples(pm, micro_batches, step):
 
 
 def name_odd_samples(micro_batches, data):
-    """Return the names of a step's samples that hold a value that is not finite, on any rank."""
+    """Return the names of a step's samples, on all ranks, that have values which are not finite."""
     return sorted({name for names in together(lambda: odd_samples(micro_batches, data)) for name in names})
 
 
 def odd_samples(micro_batches, data):
-    """Return the names of the samples that hold a value that is not finite, on this rank."""
+    """Return the names of this rank's samples that have values which are not finite."""
     parts = ("samples", "target", "text", "pooled", "image")
     rows = [row for b in micro_batches for row in zip(*(b[name] for name in parts if name in b))]
     return [name_of(data, i) for i, *parts in rows if not all(part.isfinite().all() for part in parts)]

@@ -1,4 +1,4 @@
-"""A model by its name on the hub, OWNER/NAME or OWNER/NAME@REVISION: fetched once into the standard cache.
+"""Find a model by its name on the hub, OWNER/NAME or OWNER/NAME@REVISION, and fetch it once into the standard cache.
 
 Needs huggingface_hub (the extra [pipeline]).
 """
@@ -12,10 +12,10 @@ from full.files import read_json
 
 
 def find_model(args, parts):
-    """Replace args.model by a folder, and keep what was typed in args.named. A path that exists wins.
+    """Replace args.model by its folder, and keep what was typed in args.named. A path that exists is used as it is.
 
-    parts: the folders, or files, of the snapshot that will be used; only these are fetched. ValueError if there is no such
-    model, or if what the cache has of it is not whole.
+    parts: the folders and files of the snapshot that will be used; only these are fetched. ValueError if there is no such
+    model, or if its copy in the cache is incomplete.
     """
     args.named = args.model
     if args.model is None or Path(args.model).exists():
@@ -30,13 +30,13 @@ def find_model(args, parts):
     import huggingface_hub
 
     name, revision = found.groups()
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # every rank asks, and waits for the one that fetches
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # every rank asks, but only one of them fetches
         huggingface_hub.utils.disable_progress_bars()
     patterns = [part if "." in part else f"{part}/*" for part in parts]
     try:
         rules = dict(revision=revision, allow_patterns=patterns, ignore_patterns=["*.bin", "*.pt", "*.msgpack"])
         args.model = huggingface_hub.snapshot_download(name, **rules)
-    except Exception as error:  # of the network, of the hub, of the disk: it has many
+    except Exception as error:  # the library has many, of the network, the hub and the disk
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         both = "there is no such folder, and no such model in the cache or on the hub"
         raise ValueError(f"--model {args.named}: {both} ({reason})") from None
@@ -46,7 +46,7 @@ def find_model(args, parts):
 
 
 def missing_files(folder, parts):
-    """Return what a snapshot lacks. Offline, the library gives out what an earlier download has left, whole or not."""
+    """Return the files that a snapshot lacks. Offline, the library also returns a download that never finished."""
     wanted = []
     for part in parts:
         if "." in part:

@@ -7,9 +7,9 @@
     $ torchrun --nproc_per_node=2 -m full.infer --model SNAPSHOT --checkpoint out --prompt "a cat"    # what full.train saved
 
 By default all ranks work on one clip. With --sp N each group of N ranks makes its own, and the prompts are divided among the
-groups. A prompt and a seed give the same clip on any number of ranks, whatever else is in the list. Clips that exist, made by
-the same flags, are skipped; those of other flags are replaced with --overwrite alone.
-Its Euler steps are infer_min.py's `sample`. --model needs the extra [pipeline].
+groups. A prompt and a seed give the same clip on any number of ranks, whatever else is in the list. Clips that exist, made
+by the same flags, are skipped; those of other flags are replaced with --overwrite alone. Its Euler steps are infer_min.py's
+`sample`. --model needs the extra [pipeline].
 """
 
 import json
@@ -73,7 +73,7 @@ def parse(argv=None):
     flag("--output", default="clip", help="name of the files written, without ending; with a / at its end a folder")
     flag("--overwrite", action="store_true", help="replace clips that are there and were made by other flags")
     args = parse_flags(parser, argv)
-    if args.model:  # the release's own
+    if args.model:  # the release's own defaults
         parser.set_defaults(steps=50, height=720, width=1280, frames=129)
         args = parse_flags(parser, argv)
     args.offload = args.offload or []
@@ -110,7 +110,7 @@ def infer(args):
         with stages("decode"):
             pixels = decode(vae, latents, pm.sp_group) if vae else None
             if pixels is not None and config.image_condition_type == "latent_concat":
-                pixels = pixels[:, 4:]  # the image itself
+                pixels = pixels[:, 4:]  # without the given image
         check_finite(pixels, clip.prompt)
         writes = pm.sp_rank == 0 and not (job.surplus and turn == len(job.mine) - 1)
         if args.score and writes:
@@ -124,7 +124,7 @@ def infer(args):
 
 
 class Job:
-    """What is to be sampled: where the model comes from, the clips to make, and which of them are this rank's group's."""
+    """Decide what to sample: where the model comes from, which clips to make, and which of them this rank's group makes."""
 
     def __init__(self, args):
         self.args, (self.snapshot, config, self.image) = args, check_args(args)
@@ -134,7 +134,7 @@ class Job:
         self.source = Source(self.pm, args, config)
         self.toy = self.source.config.out_channels == 3
         check_used(args, self.source.config, sized=not self.toy)
-        self.real = bool(args.weights or self.source.path) and not self.toy  # a toy or a benchmark is made each time
+        self.real = bool(args.weights or self.source.path) and not self.toy  # else clips are always made anew
         prompts = read_prompts(args, self.source.config)
         if not args.score:
             whole = args.output.endswith("/")
@@ -142,7 +142,7 @@ class Job:
         shared = made_of(args, self.source, self.snapshot)
         self.pm.check_equal(dict(shared=shared), self.pm.world_group)
         self.todo = self.leave_out_made(make_clips(args, prompts, shared))
-        # every group makes as many, since all ranks take the same number of steps: the last one may be another group's
+        # all ranks take the same number of steps, so a group with fewer clips repeats the last one of all
         self.mine = self.todo[self.pm.dp_rank :: self.pm.dp_size]
         self.surplus = len(self.mine) < -(-len(self.todo) // self.pm.dp_size)
         self.mine += self.todo[-1:] * self.surplus

@@ -1,7 +1,7 @@
-"""LoRA, arXiv:2106.09685: y = W x + b + alpha / rank * B A x. W is frozen; A and B are trained, saved, and given to others.
+"""Train, save and merge LoRA, arXiv:2106.09685: y = W x + b + alpha / rank * B A x. W is frozen; A and B are trained.
 
-`add_lora(model)` goes before `shard`. `save_lora` writes what diffusers and ComfyUI read; `merge_loras` adds files to the
-weights, ours and those of others, which full/lora_files.py reads.
+Call `add_lora(model)` before `shard`. `save_lora` writes a file that diffusers and ComfyUI read. `merge_loras` adds files to
+the weights: ours, and those of other trainers, which full/lora_files.py reads.
 """
 
 import math
@@ -23,7 +23,7 @@ from hunyuan_sp import assign
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer and its update by lora_A [rank, in] and lora_B [out, rank], in float32 beside weights of any dtype."""
+    """A linear layer with its update, lora_A [rank, in] and lora_B [out, rank]: in float32, whatever the weights' dtype."""
 
     def __init__(self, linear, rank, scale):
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -33,13 +33,15 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
 
     def forward(self, x):
-        # FSDP2 casts them to the dtype that is computed in; a model that nobody shards is cast here
+        # FSDP2 casts them to the dtype of the computation; without FSDP2 they are cast here
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return super().forward(x) + self.scale * F.linear(F.linear(x, a), b)
 
 
 def add_lora(model, rank, alpha=None):
-    """Freeze the model and give each linear of its blocks, modulations aside, a LoRA. Before `shard`. alpha: default rank."""
+    """Freeze the model, and give each linear layer of its blocks but the modulations a LoRA. Call it before `shard`.
+
+    alpha: by default the rank."""
     for param in model.parameters():
         param.requires_grad = False
     for block in model.blocks:
@@ -57,7 +59,7 @@ def layers_of(model):
 def save_lora(model, file, naming="original", **facts):
     """Write the LoRA as diffusers and ComfyUI read it, alpha / rank multiplied into B. Collective; rank 0 writes.
 
-    naming: "original", or "diffusers", where q, k and v are apart and share A. facts: what else its header says.
+    naming: "original", or "diffusers", where q, k and v are separate layers that share A. facts: more for its header.
     """
     tensors, rank = {}, 0
     for name, layer in layers_of(model):
@@ -66,7 +68,7 @@ def save_lora(model, file, naming="original", **facts):
         for theirs, rows in export_weight(model.config, f"{name}.weight", b, naming).items():
             stem = "transformer." + theirs.removesuffix("weight")
             tensors |= {f"{stem}lora_A.weight": a.clone(), f"{stem}lora_B.weight": rows.clone()}
-    # what is in the file has alpha = rank, since B holds the rest
+    # in the file alpha equals rank, since B holds the rest
     header = dict(rank=rank, alpha=rank, trained_alpha=alpha, date=time.strftime("%Y-%m-%dT%H:%M:%S"), **facts)
     header |= {
         "modelspec.sai_model_spec": "1.0.0",
@@ -81,7 +83,7 @@ def save_lora(model, file, naming="original", **facts):
 
 @torch.no_grad()
 def init_lora(model, file):
-    """Start the model's LoRA from a file. ValueError if that has other layers, or more ranks than the model's."""
+    """Start the model's LoRA from a file. ValueError if the file has other layers or another rank."""
     updates, layers = read_lora(model, file).updates, dict(layers_of(model))
     for name in updates:
         if name.removesuffix(".weight") not in layers:
@@ -107,13 +109,13 @@ def init_lora(model, file):
 
 
 def lora_files(flags):
-    """Return [(file, strength)] of --lora FILE[:STRENGTH], given several times or not at all."""
+    """Return [(file, strength)] for the values FILE[:STRENGTH] of --lora; an empty list if it was not given."""
     given = []
     for flag in flags or ():
         file, colon, strength = flag.rpartition(":")
         try:
             file, strength = (file, float(strength)) if colon else (flag, 1.0)
-        except ValueError:  # a colon of the name
+        except ValueError:  # the colon belongs to the name
             file, strength = flag, 1.0
         file = in_folder(file)
         if not Path(file).is_file():
@@ -125,13 +127,13 @@ def lora_files(flags):
 
 
 def in_folder(file):
-    """Return the LoRA in a folder of training, OUT or OUT/step-N; another name as it is."""
+    """Return the path of the LoRA in a folder of training (OUT or OUT/step-N); return any other path as it is."""
     inside = Path(file, "lora.safetensors")
     return str(inside) if inside.is_file() else file
 
 
 def lora_facts(files):
-    """Return the fingerprints of LoRA files, each with the JSON files beside it."""
+    """Return a fingerprint for each LoRA file, with the JSON files next to it."""
     return [fingerprint(files_of(file)) for file in files]
 
 
@@ -144,13 +146,13 @@ def merge_lora(model, file, strength=1.0):
 def merge_loras(model, files):
     """Add LoRA files [(file, strength)] to the weights: W += strength * alpha / rank * B A, summed in float32, rounded once.
 
-    Returns one sentence a file: what was applied. ValueError, before anything is changed, for a file that is not applied
-    whole: see read_lora.
+    Return one sentence per file on what was applied. ValueError, before anything is changed, for a file that can't be
+    applied completely: see read_lora.
     """
     params, sums, sentences, totals = dict(model.named_parameters()), {}, [], {}
     loras = {file: read_lora(model, file) for file, _ in files}
     for file, strength in files:
-        totals[file] = totals.get(file, 0.0) + strength  # +50 and -50 of one file are nothing
+        totals[file] = totals.get(file, 0.0) + strength  # +50 and -50 of one file cancel exactly
         sentences.append(f"{file}: {loras[file].summary}, strength {strength:g}")
     for file, strength in totals.items():
         for name, parts in loras[file].updates.items():
@@ -168,7 +170,7 @@ def merge_loras(model, files):
 
 @torch.no_grad()
 def merge_checkpoint(model, path, manifest):
-    """Add to the weights the LoRA, or its average, that a checkpoint of full.train holds; return a sentence on it."""
+    """Add the LoRA of a checkpoint of full.train, or its average, to the weights. Return a sentence on it."""
     reader, (rank, alpha, _) = dcp.HuggingFaceStorageReader(str(path)), manifest["lora"]
     kind = "more." if manifest.get("ema") else "model."
     sizes = {key: stored.size for key, stored in reader.read_metadata().state_dict_metadata.items()}
@@ -183,8 +185,8 @@ def merge_checkpoint(model, path, manifest):
 
 
 def add_update(param, full):
-    """Add a full tensor, equal on all ranks, to a parameter; if that is sharded, each rank adds its part."""
-    if isinstance(param, DTensor):  # which may be in the host's memory
+    """Add a full tensor, equal on all ranks, to a parameter. If the parameter is sharded, each rank adds its part."""
+    if isinstance(param, DTensor):  # it may be in the host's memory
         full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None).to_local()
         param = param.to_local()
     param.copy_(param + full.to(param.device))

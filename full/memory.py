@@ -1,4 +1,4 @@
-"""Memory: a limit for this process on a GPU, what the host has left, and what to change where either is short."""
+"""Limit this process's memory on a GPU, find out what the host has left, and say what to change where either is short."""
 
 import math
 import os
@@ -8,9 +8,9 @@ import torch
 
 
 def limit_memory(gib, device_type):
-    """Hold this process to what a GPU of so many GiB leaves: one less, for the context and NCCL. None, or a CPU: no limit.
+    """Limit this process to gib - 1 GiB of its GPU: the context and NCCL take the rest. With None, or on a CPU, do nothing.
 
-    Before anything is on the GPU: near the limit memory must not be lost between blocks of fixed sizes.
+    Call it before anything is on the GPU: it also makes segments expandable, so that near the limit no memory lies idle.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     if gib and device_type != "cpu" and local < torch.cuda.device_count():
@@ -20,12 +20,12 @@ def limit_memory(gib, device_type):
 
 
 def pinned(size):
-    """Return what so many bytes of pinned memory take: torch asks for powers of two."""
+    """Return the bytes that `size` bytes of pinned memory take: torch asks for powers of two."""
     return 2 ** math.ceil(math.log2(size)) if size > 0 else 0
 
 
 def host_left():
-    """Return the bytes of memory that this host, or this container, has left; infinite if it does not say."""
+    """Return the bytes of memory that this host, or this container, has left; infinity if it does not say."""
     left = [math.inf]
     try:
         text = Path("/proc/meminfo").read_text()
@@ -34,14 +34,14 @@ def host_left():
         cache = Path("/sys/fs/cgroup/memory.stat").read_text().partition("inactive_file ")[2].split()[0]
         left.append(int(limit) - int(used) + int(cache))
     except (OSError, ValueError, IndexError):
-        pass  # another system, or no limit
+        pass  # another operating system, or no limit
     return min(left)
 
 
 def check_host(model, world):
-    """Raise ValueError if the host lacks the memory for a model's weights, pinned, in shards; before anything is loaded.
+    """Raise ValueError if the host lacks the memory for a model's weights, in pinned shards. Call it before loading.
 
-    model: on the meta device, not yet sharded. world: the ranks that share it.
+    model: on the meta device, not yet sharded. world: the number of ranks that share it.
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     each = sum(pinned(param.numel() * param.itemsize / world) for param in model.parameters())
@@ -53,7 +53,7 @@ def check_host(model, world):
 
 
 def cure(args):
-    """Return what would need less of a GPU's memory: the flags that are not taken yet, in the order of what they cost."""
+    """Return the flags that would need less of a GPU's memory and are not set yet, the cheapest first."""
     training = hasattr(args, "checkpointing")
     ways = ["--compile"] * (not args.compile)
     ways += ["--checkpointing full"] * (training and args.checkpointing != "full")

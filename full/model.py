@@ -1,4 +1,4 @@
-"""A model to sample from or to export: released weights, what training saved, LoRA files on top. Needs nothing more."""
+"""Build a model to sample from or to export: released weights or a checkpoint of training, with LoRA files on top."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from hunyuan_sp import HunyuanConfig, HunyuanVideo, init_weights
 
 
 def resolve(args):
-    """Fill in what follows from other flags, and return the config; None if the checkpoint's manifest has it."""
+    """Fill in flags that follow from others, and return the config, or None if the checkpoint's manifest has it."""
     if args.checkpoint is None and not (args.model or args.weights or args.config):
         args.checkpoint = "out"
     if args.model:
@@ -32,9 +32,9 @@ def resolve(args):
 
 
 class Source:
-    """Where the weights come from: files, a checkpoint of training, or both, if that is a LoRA or goes with --model.
+    """Find the weights: files, a checkpoint of training, or both if the checkpoint is a LoRA or goes with --model.
 
-    config: of --model or --config, or None. Collective. FileNotFoundError if there is no whole checkpoint.
+    config: that of --model or --config, or None. Collective. FileNotFoundError if there is no undamaged checkpoint.
     """
 
     def __init__(self, pm, args, config):
@@ -53,7 +53,7 @@ class Source:
             raise ValueError(f"{self.path} holds all weights: leave out --weights")
 
     def facts(self):
-        """Return what the weights are made of, for comparison."""
+        """Return fingerprints of everything that the weights are made of."""
         facts = [fingerprint([file]) for file in (weight_files(self.args.weights) if self.args.weights else ())]
         facts += lora_facts(file for file, _ in lora_files(self.args.lora))
         if self.path:
@@ -61,15 +61,16 @@ class Source:
         return facts
 
     def other_base(self):
-        """Return [a sentence] if the checkpoint's LoRA was trained on other weights than these."""
+        """Return a list with a sentence if the checkpoint's LoRA was trained on other weights than these, else an empty
+        list."""
         base = self.manifest["lora"][2]
         same = not base or fingerprint(weight_files(self.args.weights), like=base) == base
         return [] if same else [f"{self.path} was trained on other weights than {self.args.weights}"]
 
     def build_model(self, shard=False, attention="sdpa", compile=False, offload=False, mlp_slices=1):
-        """Return the model: plain tensors on every rank, or sharded, with `offload` in the host's memory.
+        """Return the model: plain tensors on every rank, or sharded; with `offload` sharded in the host's memory.
 
-        Sharded weights are in the dtype that is computed in, but for those of a checkpoint, which are in float32.
+        Sharded weights are in the dtype of the computation, except those of a full checkpoint, which are in float32.
         """
         pm, args, dtype = self.pm, self.args, compute_dtype(self.args, self.pm.device)
         tuned = self.path and not self.lora  # the checkpoint has all weights, in float32

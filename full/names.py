@@ -1,4 +1,4 @@
-"""Names of weights and of config fields in other releases: diffusers and ComfyUI, both ways. Needs nothing more."""
+"""Translate names of weights and config fields between the original release, diffusers and ComfyUI."""
 
 import re
 
@@ -7,8 +7,8 @@ import torch
 from full.files import read_json
 from hunyuan_sp import HunyuanConfig
 
-# Each line is a layer: its name in the original, in diffusers (with +: its rows are split over several), and in
-# ComfyUI where it is another. The line above says what comes before the three names; * is the block's number
+# Each line is a layer: its name in the original, in diffusers (a + where its rows are split over several layers), and in
+# ComfyUI if that differs. The line above a group gives the prefixes of the three names; * is the block's number
 # fmt: off
 NAMES = [
     (("", "", ""), [
@@ -77,7 +77,7 @@ PREFIXES = "model.diffusion_model. model.model. diffusion_model. transformer. mo
 
 
 def names_in(naming, name):
-    """Return the names under which another release keeps the rows of our parameter `name`."""
+    """Return the names that the rows of our parameter `name` have in another release."""
     if naming not in NAMINGS:
         raise ValueError(f"no naming {naming!r}: there are {', '.join(NAMINGS)}")
     if naming == "original":
@@ -89,7 +89,7 @@ def names_in(naming, name):
 
 
 def naming_of(names):
-    """Return "original", "diffusers" or "comfyui", by the names that only one of them has."""
+    """Return "original", "diffusers" or "comfyui", recognised by names that only one of them has."""
     if any(n.startswith(("x_embedder.", "single_transformer_blocks.", "transformer_blocks.")) for n in names):
         return "diffusers"
     return "comfyui" if any(re.search(r"_attn\.qkv|_mod\.lin\.|^time_in\.in_layer", n) for n in names) else "original"
@@ -108,12 +108,12 @@ def export_weight(config, name, tensor, naming):
 
 
 def row_sizes(config, names, rows):
-    """Return the rows of each name in another release: as many as the hidden size, and the rest for the last."""
+    """Return how many rows each name has in another release: the hidden size each, and the rest for the last."""
     return [config.hidden_size] * (len(names) - 1) + [rows - config.hidden_size * (len(names) - 1)]
 
 
 def unprefixed(tensors):
-    """Strip the prefixes that trainers put before all names; ValueError if two names become one."""
+    """Strip the prefixes that trainers put before all names. ValueError if two names become one."""
     names = {name: name for name in tensors}
     for prefix in (p for p in PREFIXES for _ in range(2)):
         if tensors and all(name.startswith(prefix) for name in names.values()):
@@ -130,7 +130,7 @@ def unprefixed(tensors):
 # --------------------------------------------------------------------------------------------------------------------
 # configs
 
-# a field of ours: the same in the config.json of diffusers' HunyuanVideoTransformer3DModel
+# our field -> its name in the config.json of diffusers' HunyuanVideoTransformer3DModel
 DIFFUSERS_FIELDS = dict(
     num_heads="num_attention_heads",
     rope_dims="rope_axes_dim",
@@ -149,7 +149,7 @@ DIFFUSERS_FIELDS = dict(
 
 
 def diffusers_config(config):
-    """Return what diffusers' config.json holds for a HunyuanConfig."""
+    """Return a HunyuanConfig as the contents of diffusers' config.json."""
     time, side, _ = config.patch_size
     theirs = {name: getattr(config, ours) for ours, name in DIFFUSERS_FIELDS.items()}
     theirs |= dict(rope_axes_dim=list(config.rope_dims), attention_head_dim=config.head_dim, qk_norm="rms_norm")
@@ -157,7 +157,7 @@ def diffusers_config(config):
 
 
 def config_from_diffusers(file):
-    """Read a config.json of diffusers as a HunyuanConfig; ValueError for a model that is not HunyuanVideo's."""
+    """Read a config.json of diffusers as a HunyuanConfig. ValueError if it is of another model than HunyuanVideo."""
     try:
         theirs = dict(image_condition_type=None) | read_json(file)
         ours = {name: theirs[key] for name, key in DIFFUSERS_FIELDS.items()}

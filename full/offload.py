@@ -1,21 +1,21 @@
-"""Activations in the host's memory: `with offloaded(): train_step(..)`. What checkpointing keeps of a block, its inputs, is
-copied to pinned memory while the GPU goes on, and comes back for that block's backward. Needs nothing more.
+"""Keep activations in the host's memory: `with offloaded(): train_step(..)`. The inputs of a block, which checkpointing
+keeps, are copied to pinned memory while the GPU computes, and come back for that block's backward.
 
-(Weights, gradients and the optimizer's state are FSDP2's own business: `shard(.., offload_policy=CPUOffloadPolicy())`.)
+(FSDP2 itself does this for weights, gradients and the optimizer's state: `shard(.., offload_policy=CPUOffloadPolicy())`.)
 """
 
 import torch
 
-SIDE, LARGE = {}, 1 << 20  # each GPU's stream for copies beside the computation; values that are worth a copy
+SIDE, LARGE = {}, 1 << 20  # each GPU's stream for copies during the computation; tensors with fewer elements stay
 
 
 def offloaded():
-    """Return a context in which what is saved for backward lies in the host's memory. With checkpointing alone it pays."""
+    """Return a context in which tensors saved for backward lie in the host's memory. It pays only with checkpointing."""
     return torch.autograd.graph.saved_tensors_hooks(to_host, from_host)
 
 
 def to_host(x):
-    """Copy a tensor that is saved for backward to pinned memory; small ones stay."""
+    """Copy a tensor that is saved for backward to pinned memory. Small ones stay."""
     if x.device.type != "cuda" or x.numel() < LARGE:
         return x
     if x.device not in SIDE:

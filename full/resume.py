@@ -1,7 +1,7 @@
-"""Where a run starts: anew, from the newest checkpoint, or, restarted by torchrun, from its own newest one.
+"""Find where a run starts: anew, from the newest checkpoint, or, if torchrun restarted it, from its own newest one.
 
-run.json names the run under way in --out, and its launch: a job that torchrun restarts goes on with its own newest
-checkpoint, never with one that an older run left in the same folder. A run's name is the tag of its checkpoints.
+run.json names the run in progress in --out, and its launch: a job that torchrun restarts continues from its own newest
+checkpoint, never from one that an older run left in the same folder. A run's name is the tag of its checkpoints.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from train_min import learning_rate
 
 
 def find_start(checkpoints, out, resume=None, overwrite=False):
-    """Return (path, manifest) of the checkpoint to go on from; (None, {"tag": ..}) for a new run. Equal on all ranks.
+    """Return (path, manifest) of the checkpoint to continue from, or (None, {"tag": ..}) for a new run. Equal on all ranks.
 
-    resume: "yes", "auto" (or start anew) or None. ValueError for a new run in a folder that has an earlier one's files,
-    unless `overwrite`.
+    resume: "yes", "auto" (start anew if there is none) or None. ValueError for a new run in a folder with an earlier run's
+    files, unless `overwrite`.
     """
     file = Path(out) / "run.json"
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     launch = f"process {os.getppid()}" if run_id == "none" else run_id
-    # an agent that was replaced, with the same rendezvous id, counts from 0 again
+    # a new agent with the same rendezvous id counts from 0 again
     restarted = run_id != "none" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
     def name_under_way():
@@ -35,7 +35,7 @@ def find_start(checkpoints, out, resume=None, overwrite=False):
             last = read_json(file) if restarted else {}
             return str(last["run"]) if last.get("launch") == launch and not last.get("done") else None
         except (ValueError, KeyError):
-            return None  # none, or none that can be read
+            return None  # there is no run.json, or it can't be read
 
     name = on_main(name_under_way)
     if not (name or resume or overwrite):
@@ -44,7 +44,7 @@ def find_start(checkpoints, out, resume=None, overwrite=False):
     try:
         if name or resume:
             path, state = checkpoints.find(name)
-    except FileNotFoundError as error:  # fine where there was nothing to go on from
+    except FileNotFoundError as error:  # no error if there is nothing to continue from
         if "no whole checkpoint" in str(error) or not name and resume != "auto":
             raise
     on_main(lambda: replace_file(file, json.dumps(dict(run=state["tag"], launch=launch))))
@@ -52,7 +52,7 @@ def find_start(checkpoints, out, resume=None, overwrite=False):
 
 
 def check_unused(out):
-    """Raise ValueError if an earlier run has left what a new one would replace."""
+    """Raise ValueError if an earlier run has left files that a new one would replace."""
     made = [path.name for path, _ in manifests(out)] + ["lora.safetensors"] * (out / "lora.safetensors").exists()
     if made:
         ways = "--resume goes on with it, another --out keeps it, --overwrite starts anew and replaces its files"
@@ -60,20 +60,20 @@ def check_unused(out):
 
 
 def end_run(out, tag):
-    """Note that the run is done: the next one under the same rendezvous id is another one."""
+    """Note that the run is done: the next run under the same rendezvous id is a new one."""
     on_main(lambda: replace_file(Path(out) / "run.json", json.dumps(dict(run=tag, done=True))))
 
 
 def what_is_trained(args, weights, held):
-    """Return what a checkpoint is of, beside the config. A LoRA's checkpoint does not hold the frozen weights: their
-    fingerprint is part of it."""
+    """Return the facts, besides the config, that a checkpoint and a resumed run must agree on. A LoRA's checkpoint lacks the
+    frozen weights, so their fingerprint is one of them."""
     lora = [args.lora, args.lora_alpha or args.lora, weights] if args.lora else None
     return dict(lora=lora, ema=args.ema > 0, held_out=len(held or ()))
 
 
 def check_same(config, trained, state, path):
-    """Raise ValueError with what differs from what a checkpoint was trained with."""
-    new = dict(ema=False, held_out=trained["held_out"])  # an older checkpoint's
+    """Raise ValueError with the differences if a checkpoint was trained with other facts."""
+    new = dict(ema=False, held_out=trained["held_out"])  # what an older checkpoint lacks
     was = new | state["config"] | {name: state[name] for name in trained if name in state}
     now = json.loads(json.dumps(asdict(config) | trained))
     if wrong := [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]:
@@ -99,7 +99,7 @@ def say_changes(args, state, contents):
 
 
 def say_oddities(args, data, dp):
-    """Print what is likely not meant: samples of unknown origin among others, a batch that leaves ranks idle."""
+    """Print what is likely a mistake: samples of unknown origin among others, a batch that leaves ranks idle."""
     if 0 < getattr(data, "unsaid", 0) < len(data):
         say(f"{data.unsaid} of {len(data)} samples do not say what encoded them: see that it was the same snapshot")
     parts = dp * args.accumulation

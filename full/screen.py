@@ -1,4 +1,4 @@
-"""What the user sees: one line that updates in place, log.jsonl, a curve, speed and memory. Only rank 0 speaks."""
+"""Show what a program does: one line that updates in place, log.jsonl, a curve, speed and memory. Only rank 0 prints."""
 
 import contextlib
 import json
@@ -16,9 +16,10 @@ from full.files import printable
 
 
 def say(text, live=False, end=True, raw=False):
-    """Print a line. live: one that the next call replaces, on a terminal; `end` keeps it. Nothing is said to a closed pipe.
+    """Print a line. live: on a terminal the next call replaces it, unless `end`. After a closed pipe nothing is printed any
+    more.
 
-    raw: with the terminal's commands in it.
+    raw: print commands for the terminal as they are.
     """
     terminal, text = sys.stdout.isatty(), text if raw else printable(text)
     try:
@@ -28,7 +29,7 @@ def say(text, live=False, end=True, raw=False):
 
 
 def say_some(text, step, steps, shown, always=False):
-    """Print a step's line: each one on a terminal, in place of the last, else some `shown` of them."""
+    """Print a step's line: on a terminal every one, in place of the last; elsewhere about `shown` of them."""
     if always or sys.stdout.isatty() or step % max(1, steps // shown) == 0 or step == steps:
         say(text, live=True, end=step == steps)
 
@@ -38,7 +39,7 @@ def printed_time(seconds):
 
 
 def curve(values, columns=64, rows=8):
-    """Plot values in the terminal: each column is the mean of its share of them."""
+    """Return a plot of values in text: each column is the mean of its share of them."""
     columns = min(columns, len(values))
     edges = [len(values) * i // columns for i in range(columns + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
@@ -54,7 +55,7 @@ def curve(values, columns=64, rows=8):
 
 
 class Progress:
-    """A training run on the screen and in log.jsonl."""
+    """Report a training run on the screen and in log.jsonl."""
 
     def __init__(self, pm, model, data, args, start):
         self.pm, self.args, self.start, self.losses, self.skipped = pm, args, start, [], 0
@@ -73,14 +74,14 @@ class Progress:
             before = path.with_name(f"log-before{f'-{number + 1}' * (number > 0)}.jsonl")
             path.replace(before)
             say(f"{args.out} has the log of an earlier run: it is {before.name} now")
-        self.log, self.board = open(path, "a"), None  # steps that are taken again after a restart stand there twice
+        self.log, self.board = open(path, "a"), None  # steps that a restart repeats stand there twice
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(args.out, purge_step=start + 1)
 
     def step(self, step, loss, norm, lr, clock, skipped, more):
-        """Report a step. more: what else goes into its line of log.jsonl."""
+        """Report a step. more: further values for its line in log.jsonl."""
         self.losses.append(loss)
         self.skipped += skipped
         if not self.pm.is_main:
@@ -109,7 +110,7 @@ class Progress:
         )
 
     def validation(self, step, more):
-        """Report a validation by itself."""
+        """Report a validation that belongs to no step of this run."""
         if self.pm.is_main:
             self._write(step, dict(step=step) | more)
             self.say_validation(step, more)
@@ -119,7 +120,7 @@ class Progress:
             say(f"step {step}: loss {more['validation_loss']:.5f} on the samples held out")
 
     def _write(self, step, entry):
-        # NaN is no JSON
+        # JSON has no NaN
         entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         try:
             self.log.write(json.dumps(entry) + "\n")
@@ -129,11 +130,12 @@ class Progress:
                     self.board.add_scalar(name, value, step)
             if self.board:
                 self.board.flush()
-        except OSError as error:  # it is no reason to stop
+        except OSError as error:  # not a reason to stop training
             say(f"step {step} could not be logged: {error}")
 
     def end(self, clock, step, saved):
-        """Print the curve, the speed as one JSON line, and what was saved. ValueError if nothing was learned."""
+        """Print the loss curve, the speed as one JSON line, and what was saved. ValueError if no step was taken with
+        success."""
         if self.skipped == len(self.losses) > 0 == self.start:
             raise ValueError(f"none of {self.skipped} steps had a finite loss and gradient: nothing was learned")
         if not self.pm.is_main:
@@ -152,9 +154,9 @@ class Progress:
 
 
 def forward_flops(config, video, text, linears=1, attention=1):
-    """Count one sample's forward: linears and attention of the blocks, 2 a multiply-add. text: its valid tokens.
+    """Return the FLOPs of one sample's forward: linear layers and attention of the blocks, 2 per multiply-add.
 
-    Training takes three times as much; with frozen weights, twice for the linears.
+    video, text: its tokens, the valid ones. linears, attention: factors; 3 for training, 2 for linears with frozen weights.
     """
     dim, blocks, n = config.hidden_size, config.double_depth + config.single_depth, video + text
     of_linears = (8 + 4 * config.mlp_ratio) * dim * dim * n * blocks
@@ -162,10 +164,10 @@ def forward_flops(config, video, text, linears=1, attention=1):
 
 
 class Clock:
-    """Seconds, tokens and FLOPs of each step; the last one may run under torch's profiler, and then does not count.
+    """Measure each step's seconds, tokens and FLOPs. The last step may run under torch's profiler, and then does not count.
 
-    traces: where to write its Chrome traces, TRACES-RANK.json.gz; None for no profile. wait: until the GPU is done, before
-    and after a step; training does so by itself, when it asks for the loss.
+    traces: write its Chrome traces to TRACES-RANK.json.gz; None for no profile. wait: wait for the GPU before and after each
+    step; training waits anyway, when it reads the loss.
     """
 
     PEAK_TFLOPS = dict(A100=312, H100=989, H200=989, B200=2250)  # dense bf16, by the vendor's datasheets
@@ -189,7 +191,7 @@ class Clock:
         return time.perf_counter()
 
     def stop(self, tokens, flops):
-        """End a step of so many tokens and FLOPs, over all ranks."""
+        """End a step. tokens, flops: those of all ranks."""
         self.seconds.append(self.now() - self.began)
         self.work.append((tokens, flops))
         self.peak = torch.cuda.max_memory_allocated() if self.pm.device.type == "cuda" else 0
@@ -198,7 +200,8 @@ class Clock:
             self.profiler.export_chrome_trace(f"{self.traces}-{self.pm.rank}.json.gz")
 
     def rates(self, step=-1):
-        """Return one step's figures, over all ranks; tflops and the share of a known GPU's peak are per rank."""
+        """Return one step's figures for all ranks together; tflops and mfu, the share of a known GPU's peak, are per
+        rank."""
         seconds, (tokens, flops), cuda = self.seconds[step], self.work[step], self.pm.device.type == "cuda"
         tflops = flops / seconds / 1e12 / self.pm.world_size
         figures = dict(s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds))
@@ -212,7 +215,8 @@ class Clock:
         return figures | {name: round(value / 2**30, 2) for name, value in memory.items()}
 
     def report(self):
-        """Return the median step's. The first two compile, allocate, and in training multiply zeros, as blocks begin as identities."""
+        """Return the median step's figures without the first two steps, which compile, allocate, and in training multiply
+        zeros (blocks start as identities)."""
         counted = len(self.seconds) - bool(self.profiler and len(self.seconds) == self.steps > 1)
         timed = range(2, counted) or range(counted)[-1:]
         median = sorted(timed, key=lambda step: self.seconds[step])[len(timed) // 2]
@@ -220,9 +224,9 @@ class Clock:
 
 
 class Stages:
-    """Seconds and peak memory of what is done under `with stages(name)`, on this rank; some are announced.
+    """Measure this rank's seconds and peak memory under `with stages(name)`, and announce the long stages.
 
-    quiet: none is.
+    quiet: announce none.
     """
 
     NAMES = dict(encode="encoding the prompts", load="loading the model", decode="decoding")
@@ -247,7 +251,8 @@ class Stages:
 
 
 class Bar:
-    """Sampling on the screen: `with bar.watching(model)` reports each of its forwards; `clock` times the first round."""
+    """Show sampling on the screen: `with bar.watching(model)` reports each forward, and `clock` times those of the first
+    round."""
 
     def __init__(self, pm, clock, rounds, clips, quiet=False):
         self.pm, self.clock, self.steps, self.clips = pm, clock, rounds * clock.steps, clips

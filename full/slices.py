@@ -1,5 +1,5 @@
-"""The MLP of each block in slices of the tokens, recomputed slice by slice in backward: a block at work needs about half as much
-memory. `slice_mlps(model, 8)` goes behind `add_lora` and before `shard`. Needs nothing more.
+"""Compute the MLP of each block in slices of the tokens, recomputed slice by slice in backward: a block then needs about
+half the memory while it works. Call `slice_mlps(model, 8)` after `add_lora` and before `shard`.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ from hunyuan_sp import gelu, layer_norm, modulate, rotate, split_qkv
 
 
 def slice_mlps(model, count):
-    """Let the blocks work on their video's MLPs in `count` slices of the tokens; 1 changes nothing."""
+    """Make the blocks compute the video's MLP in `count` slices of the tokens. 1 changes nothing."""
     if count == 1:
         return
     for block in model.double_blocks:
@@ -21,16 +21,16 @@ def slice_mlps(model, count):
         block.forward = partial(single_block, block, count)
 
 
-@torch.compiler.disable  # compiled, a checkpoint in a checkpoint recomputes another graph
+@torch.compiler.disable  # if compiled, a checkpoint inside a checkpoint would recompute another graph
 def in_slices(function, count, *inputs):
-    """Apply a function of tokens alone to slices of inputs [B, L, ..] -> [B, L, C]; backward recomputes one after another."""
+    """Apply a function of single tokens to slices of inputs [B, L, ..] -> [B, L, C]. Backward recomputes them one by one."""
     if torch.is_grad_enabled():
         function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([function(*parts) for parts in zip(*(x.tensor_split(count, 1) for x in inputs))], 1)
 
 
 def single_block(block, count, x, vec, rope, attend, still=None):
-    """Compute what SingleBlock.forward does, in another order: q, k, v and attention, then the MLP in slices."""
+    """Compute SingleBlock.forward in another order: q, k, v and attention first, then the MLP in slices."""
     (mod,) = block.modulation(vec, still)
     width, y = 3 * x.shape[2], modulate(layer_norm(x), mod)
     q, k, v = split_qkv(rows_of(block.linear1, y, 0, width), block.num_heads)
@@ -40,7 +40,8 @@ def single_block(block, count, x, vec, rope, attend, still=None):
 
 
 def single_mlp(block, width, y, out):
-    """Compute the second half of a single-stream block. y [B, L, C]: its modulated input; out [B, L, C]: of attention."""
+    """Compute the second half of a single-stream block. y [B, L, C]: its modulated input; out [B, L, C]: attention's
+    output."""
     hidden = gelu(rows_of(block.linear1, y, width, block.linear1.out_features))
     return block.linear2(torch.cat((out, hidden), 2))
 

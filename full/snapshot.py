@@ -1,4 +1,5 @@
-"""A released snapshot in the diffusers layout: its VAE, and its text encoders. Each part loads alone; there is no pipeline.
+"""Load the VAE and the text encoders of a released snapshot in the diffusers layout. Each part loads alone; no pipeline is
+built.
 
 Needs diffusers and transformers (the extra [pipeline]), imported where they are used.
 """
@@ -19,13 +20,13 @@ from full.video import check_encoder
 from full.weights import weight_files
 
 PARTS = "transformer vae scheduler".split()
-ENCODERS = "text_encoder text_encoder_2 tokenizer tokenizer_2".split()  # and image_processor, if there is one
+ENCODERS = "text_encoder text_encoder_2 tokenizer tokenizer_2".split()  # and image_processor, if the snapshot has one
 
 
 class Snapshot:
-    """A folder with the parts of a model, and what comes out of its encoders.
+    """A folder with the parts of a model, checked; it encodes prompts and images with them.
 
-    encoders: whether the text encoders will be used. ValueError if a part or the extra is missing.
+    encoders: whether the text encoders will be used. ValueError if a part or the extra [pipeline] is missing.
     """
 
     def __init__(self, folder, encoders=True):
@@ -44,7 +45,7 @@ class Snapshot:
         self.shift = scheduler_shift(self.folder)
 
     def check_image(self, image, frames):
-        """Raise ValueError if an image is given to a model that takes none, or none to one that takes it."""
+        """Raise ValueError if the model needs an image and has none, or has one that it does not take."""
         if bool(image) != bool(self.kind):
             wanted = "its first frame: give --image" if self.kind else "no --image"
             raise ValueError(f"{self.folder} is a {self.kind or 'text-to-video'} model, which takes {wanted}")
@@ -52,18 +53,18 @@ class Snapshot:
             raise ValueError(f"--frames {frames}: a latent_concat model gives 4 frames fewer, so 5 at least")
 
     def facts(self):
-        """Return the fingerprints of all files but the DiT's."""
+        """Return a fingerprint of each file but the DiT's."""
         return [fingerprint([file]) for file in encoder_files(self.folder)]
 
     def encode(self, pm, prompts, negative_prompt="", image=None, size=None, device=None):
-        """Return {prompt: (text, pooled)}, on every rank, and the negative prompt's (text, pooled).
+        """Return {prompt: (text, pooled)} and the negative prompt's (text, pooled), on every rank.
 
-        image: the first frame, for image-to-video, and size: (width, height). Rank 0 encodes, each prompt once, and frees
-        the encoders; a host never holds them twice. device: where they compute, by default the ParallelManager's.
+        image, size: the first frame and (width, height), for image-to-video. Rank 0 encodes each prompt once and then frees
+        the encoders, so a host never holds them twice. device: where they compute, by default the ParallelManager's.
         """
         from PIL import Image
 
-        encoders, texts = [], {}  # of rank 0 alone
+        encoders, texts = [], {}  # the encoders are on rank 0 alone
         self._on_main(lambda: encoders.append(TextEncoders(self, device or pm.device)))
         for prompt in dict.fromkeys(prompts):
             texts[prompt] = self._on_main(lambda prompt=prompt: encoders[0](prompt, image))
@@ -93,7 +94,7 @@ class Snapshot:
 
         with open_safetensors(weight_files(self.folder / "vae")[0]) as handle:
             dtype = handle.get_tensor(next(iter(handle.keys()))).dtype
-        rules = dict(dtype=dtype, low_cpu_mem_usage=False)  # which would need accelerate
+        rules = dict(dtype=dtype, low_cpu_mem_usage=False)  # low_cpu_mem_usage would need accelerate
         load = partial(load_whole, AutoencoderKLHunyuanVideo, self.folder / "vae", **rules)
         vae = of_library(self.folder / "vae", load).to(device).requires_grad_(False)
         vae.enable_tiling()
@@ -101,15 +102,15 @@ class Snapshot:
 
 
 def encoder_files(folder):
-    """Return all files of a snapshot but the DiT's."""
+    """Return the files of a snapshot, sorted, without the DiT's."""
     parts = [Path(folder, part) for part in (*PARTS[1:], *ENCODERS, "image_processor")]
     return [file for part in parts for file in sorted(part.rglob("*")) if file.is_file() and file.name[0] != "."]
 
 
 def check_depth(file):
-    """Raise ValueError for a config with more layers than any model has, which a library would build for hours."""
+    """Raise ValueError for a config with more layers than any model has: a library would build it for hours."""
     configs = [read_json(file)]
-    for config in configs:  # those in it are added
+    for config in configs:  # nested configs are added
         configs += [value for value in config.values() if isinstance(value, dict)]
         for name, value in config.items():
             if "layers" in name and isinstance(value, int) and value > 1000:
@@ -117,10 +118,10 @@ def check_depth(file):
 
 
 def template_of(kind):
-    """Return the template that prompts are put into, of diffusers' pipeline for this kind of model."""
+    """Return the prompt template of diffusers' pipeline for this kind of model."""
     import transformers
 
-    # importing the pipelines brings advice about packages, and loading an encoder a report of the layers left out
+    # else importing the pipelines prints advice about packages, and loading an encoder a report of the unused layers
     transformers.logging.set_verbosity_error()
     from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video, pipeline_hunyuan_video_image2video
 
@@ -129,7 +130,7 @@ def template_of(kind):
 
 
 def load_whole(kind, folder, **more):
-    """Load a model by its library. ValueError for weights that are missing, which libraries fill with random numbers."""
+    """Load a model with its library. ValueError if weights are missing, since libraries fill them with random numbers."""
     model, report = kind.from_pretrained(folder, output_loading_info=True, **more)
     if lost := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise ValueError(f"{folder} lacks {len(lost)} weights, {lost[0]} among them")
@@ -137,7 +138,7 @@ def load_whole(kind, folder, **more):
 
 
 def of_library(where, function):
-    """Call a function of a library; whatever goes wrong there is a ValueError of one sentence."""
+    """Call a function of a library, and turn any error in it into a ValueError of one sentence."""
     try:
         return function()
     except ValueError:
@@ -147,11 +148,11 @@ def of_library(where, function):
 
 
 class TextEncoders:
-    """A snapshot's LLaMA (LLaVA for image-to-video) and CLIP, in their released dtype, and without the two layers of the first
-    that are not used: prompt -> text [L, text_dim] of valid tokens, pooled [pooled_dim].
+    """Encode a prompt -> text [L, text_dim] of valid tokens, pooled [pooled_dim], as diffusers' pipelines do (0.42).
 
-    256 tokens may follow the template's head: the prompt's and the template's end, which is one mark, or for image-to-video
-    five, of which the last one is kept. Source: diffusers 0.42, whose pipelines' text is the same.
+    Text is by LLaMA (LLaVA for image-to-video) without its last two layers, which are not used; pooled is by CLIP; both in
+    their released dtype. 256 tokens may follow the template's head: the prompt, and the template's end, which is one token,
+    or five for image-to-video, of which the last is kept.
     """
 
     def __init__(self, snapshot, device):
@@ -160,7 +161,7 @@ class TextEncoders:
         transformers.logging.disable_progress_bar()
         folder, for_image = snapshot.folder, snapshot.kind is not None
         self.template, self.head = template_of(snapshot.kind), 103 if for_image else 95
-        # AutoTokenizer, or the class that the release names, may split by other rules: what counts is checked
+        # AutoTokenizer, or the class that the release names, may split by other rules; the template's head is checked
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
             folder / "tokenizer", trust_remote_code=False
         )
@@ -173,7 +174,7 @@ class TextEncoders:
         text_config = config.text_config if for_image else config
         text_config.num_hidden_layers -= 2
         kind = transformers.LlavaForConditionalGeneration if for_image else transformers.LlamaModel
-        rules = dict(dtype="auto", attn_implementation="sdpa")  # a config may name code of the hub
+        rules = dict(dtype="auto", attn_implementation="sdpa")  # sdpa, since a config may name code on the hub instead
         llama = load_whole(kind, folder / "text_encoder", config=config, **rules).to(device).eval()
         self.llama, self.device = llama.model if for_image else llama, device
         (self.llama.language_model if for_image else self.llama).norm = torch.nn.Identity()
@@ -188,7 +189,8 @@ class TextEncoders:
 
     @torch.no_grad()
     def __call__(self, prompt, image=None, every=None):
-        """every: 4 keeps every fourth of the image's 576 tokens; by default what the kind of model was trained with."""
+        """Return (text, pooled) of a prompt. every: 4 keeps every fourth of the image's 576 tokens; by default as in
+        training."""
         ids = self.tokenizer(self.template.format(prompt)).input_ids
         end = 1 if image is None else 5
         count, most = len(ids) - self.head - end, 257 - end

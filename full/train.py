@@ -3,7 +3,7 @@
     $ torchrun --nproc_per_node=8 -m full.train --config 13b --sp 4 --data latents/ --weights transformer/ --resume
     $ torchrun --nproc_per_node=1 -m full.train --model SNAPSHOT --data latents/ --lora 32 --validate_every 100 --out cat
 
-Its steps are train_min.py's `train_step`; latents/ is what full.encode writes. --sample_prompt needs the extra [pipeline].
+It takes its steps with train_min.py's `train_step`. full.encode writes latents/. --sample_prompt needs the extra [pipeline].
 """
 
 import contextlib
@@ -115,7 +115,7 @@ def train(args):
 
 
 class Run:
-    """What a run is made of, built on every rank; and what happens between its steps."""
+    """Build the parts of a run on every rank, and do what happens between its steps: requests, validation, saves."""
 
     def __init__(self, args):
         find_model(args, [*PARTS, *ENCODERS, "image_processor"])
@@ -141,7 +141,7 @@ class Run:
         self.args, self.pm, self.signals = args, pm, faults.catch_signals()
         self.checkpoints = Checkpoints(pm, args.out, args.timeout)
         self.checkpoints.claim()
-        # a new run's state is its tag alone
+        # the state of a new run has only its tag
         path, self.state = find_start(self.checkpoints, args.out, args.resume, args.overwrite)
         args.batch = args.batch or self.state.get("batch") or default_batch(args, pm.dp_size)
         if pm.is_main:
@@ -149,7 +149,7 @@ class Run:
         kinds = dict(shapes=self.data.shapes, names=self.data.names)  # a step takes samples of one shape
         layout = pm.dp_rank, pm.dp_size, args.accumulation
         self.sampler = DPSPBatchSampler(len(self.data), args.batch, *layout, args.seed, **kinds)
-        if base := (self.state.get("lora") or [""])[-1]:  # as the version that saved it makes a fingerprint
+        if base := (self.state.get("lora") or [""])[-1]:  # a fingerprint as the version that saved it made them
             weights = fingerprint(weight_files(args.weights), like=base)
         self.trained = what_is_trained(args, weights, self.held)
         if path:
@@ -159,21 +159,21 @@ class Run:
                 say_changes(args, self.state, self.contents)
         self.start = self.state.get("step", 0)
         prompt, self.preview = args.sample_prompt, None
-        if prompt is not None:  # its encoders are gone before the model comes
+        if prompt is not None:  # it frees its encoders before the model is built
             self.preview = Preview(pm, config, largest_shape(self.data), prompt, args.model)
         self.model, self.optimizer, self.average = build_model(config, pm, args, self.checkpoints, path)
         self.average.updates = self.state.get("ema_updates", self.start)
         self.stream = batches(self.data, self.sampler, pm, args)
 
     def requests(self):
-        """Return whether any rank was asked to save, to stop, and whether all ranks have written the last save."""
+        """Return three booleans: any rank was asked to save; any was asked to stop; all ranks have written the last save."""
         flags = [self.signals["save"], self.signals["stop"], self.checkpoints.ready()]
         save, stop, ready = self.pm.sum(torch.tensor(flags, dtype=torch.int64), self.pm.world_group).tolist()
         self.signals["save"] &= not save  # one save serves every request received so far
         return save, stop, ready == self.pm.world_size
 
     def validate(self, step):
-        """Measure the loss on what is held out, and make the preview, with the average if there is one."""
+        """Return the loss on the held-out samples, and write the preview; both use the average if there is one."""
         with self.average.used():
             loss, odd = validate(self.model, self.held, self.pm, self.args)
             for name in odd if self.pm.is_main else ():
@@ -183,7 +183,8 @@ class Run:
         return dict(validation_loss=loss)
 
     def save(self, step, unvalidated=False):
-        """Start saving a checkpoint, and write the LoRA. unvalidated: a stop has left that to the run that goes on."""
+        """Start saving a checkpoint, and write the LoRA. unvalidated: a stop left this step's validation to the resumed
+        run."""
         args, pm = self.args, self.pm
         extra = dict(config=asdict(self.model.config), args=vars(args), layout=[pm.dp_size, pm.sp_size])
         extra |= dict(batch=args.batch, contents=self.contents, sampler=self.sampler.state_dict())
@@ -193,7 +194,7 @@ class Run:
         self.checkpoints.save(step, self.model, self.optimizer, extra, self.state["tag"], args.keep, **rest)
 
     def write_lora(self, step, folder):
-        """Write lora.safetensors into a checkpoint, and into --out the newest one."""
+        """Write lora.safetensors into a checkpoint, and copy it to --out as the newest one."""
         args, name = self.args, "lora.safetensors"
         facts = dict(base=Path(args.model or args.weights or "random").name, steps=step, shift=args.shift)
         facts["size"] = " x ".join(map(str, largest_shape(self.data)))
@@ -204,27 +205,27 @@ class Run:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what a run builds
+# the parts of a run
 
 
 def build_model(config, pm, args, checkpoints, path):
     """Build the model, on the meta device first so that no rank ever holds all weights, its optimizer and its average.
 
-    path: the checkpoint that they come from, or None.
+    path: the checkpoint to load them from, or None.
     """
     dtype = compute_dtype(args, pm.device)
     with torch.device("meta"):
         model = HunyuanVideo(config)
-        if args.lora:  # beside frozen weights in the dtype that is computed in
+        if args.lora:  # frozen weights are in the dtype of the computation
             add_lora(model.to(dtype), args.lora, args.lora_alpha)
     model.attention = attention_kernel(args.attention)
     slice_mlps(model, args.mlp_slices)
     host = CPUOffloadPolicy(pin_memory=pm.device.type == "cuda") if "weights" in args.offload else None
     pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype, args.shard_size, offload_policy=host)
     faults.limit_waits(next(model.parameters()).device_mesh, args.timeout)
-    if host and pm.device.type == "cuda":  # AdamW then runs on CPUs, and torchrun gives a rank one thread
+    if host and pm.device.type == "cuda":  # AdamW then runs on CPUs, where torchrun gives each rank one thread
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    # a checkpoint, loaded last, holds all that is trained: of a LoRA not the frozen weights
+    # a checkpoint is loaded last; of a LoRA's run it lacks the frozen weights
     if args.lora or not path:
         if args.weights:
             if pm.is_main and args.model:
@@ -244,7 +245,7 @@ def build_model(config, pm, args, checkpoints, path):
 
 
 def batches(data, sampler, pm, args):
-    """Yield batches without end; every pass over the loader is what is left of the sampler's epoch."""
+    """Yield batches without end. Each pass over the loader is the rest of the sampler's epoch."""
     loader = DataLoader(
         data,
         batch_sampler=sampler,
@@ -259,15 +260,15 @@ def batches(data, sampler, pm, args):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what is measured
+# measurements
 
 
 @torch.no_grad()
 def validate(model, held, pm, args):
-    """Return the mean flow loss over the samples held out, each at four noise levels with the same noise every time, and
-    the names of samples that make it not finite.
+    """Return the mean flow loss over the held-out samples, and the names of samples that make it not finite.
 
-    It is far quieter than the training loss, and the same on any layout. A batch is as large as training's micro-batch.
+    Each sample is used at four noise levels, with the same noise every time. So it is far quieter than the training loss,
+    and the same on any layout. A batch is as large as training's micro-batch.
     """
     total, count, odd = torch.zeros((), device=pm.device), 0.0, []
     size = pm.dp_size * -(-args.batch // (pm.dp_size * args.accumulation))
@@ -283,13 +284,13 @@ def validate(model, held, pm, args):
 
 
 def work_of(pm, config, micro_batches, args):
-    """Return a step's (tokens, FLOPs) over all ranks: samples that carry weight, forward and backward."""
+    """Return [tokens, FLOPs] of a step over all ranks, forward and backward, for samples that carry weight."""
     tokens = flops = 0.0
     for batch in micro_batches:
         video = math.prod(batch["target"].shape[2:]) // math.prod(config.patch_size)
         text = sum(batch["lengths"]) / len(batch["lengths"])
         tokens += count_tokens(batch, config)
-        # frozen weights have no gradients of their own
+        # frozen weights need no gradients
         flops += batch["weight"].sum().item() * forward_flops(config, video, text, 2 if args.lora else 3, 3)
     return pm.sum(torch.tensor([tokens, flops], dtype=torch.float64), pm.dp_group).tolist()
 

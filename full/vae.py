@@ -1,4 +1,4 @@
-"""The VAE's tiles, shared out over the ranks of a group, so that any number of ranks gives the same frames. Needs diffusers."""
+"""Decode the VAE's tiles on the ranks of a group, one rank a tile, so that any number of ranks gives the same frames."""
 
 import math
 
@@ -9,7 +9,7 @@ from comm import all_to_all, group_rank, group_size
 
 @torch.no_grad()
 def encode_frames(vae, frames):
-    """Encode RGB images of one size -> latents [1, 16, T, h, w], float32: the posterior's mean, scaled."""
+    """Encode RGB images of one size -> latents [1, 16, T, h, w] in float32: the posterior's mean × the scaling factor."""
     width, height = frames[0].size
     pixels = [torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).view(height, width, 3) for x in frames]
     video = (torch.stack(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1).to(vae.device, vae.dtype)
@@ -20,8 +20,8 @@ def encode_frames(vae, frames):
 def decode(vae, latents, group=None):
     """Decode latents [16, T, h, w], equal on all ranks -> pixels [3, F, H, W] on the group's first rank, None on the others.
 
-    Tiles, blending and result are those of diffusers' AutoencoderKLHunyuanVideo after enable_tiling(). One rank decodes a
-    tile, by itself, so that the frames are the same from any number of ranks.
+    Tiles, blending and result are those of diffusers' AutoencoderKLHunyuanVideo after enable_tiling(). Each tile is decoded
+    by one rank, by itself, so the frames do not depend on the number of ranks.
     """
     rank, z = group_rank(group), (latents.to(vae.dtype) / vae.config.scaling_factor)[None]
     times, rows, columns = plan = decode_plan(vae, latents.shape[1:])
@@ -39,7 +39,7 @@ def decode(vae, latents, group=None):
     everything = all_to_all(mine, group, 0, 1, [1] + [0] * (len(counts) - 1), counts)  # all of it to the first rank
     if rank > 0:
         return None
-    order = sorted(range(len(tiles)), key=lambda n: owners[n])  # as they arrive: rank by rank
+    order = sorted(range(len(tiles)), key=lambda n: owners[n])  # tiles arrive rank by rank
     parts = dict(zip(order, everything[0].split([sizes[n] for n in order])))
     decoded = {tile: parts[n].view(shape) for n, (tile, shape) in enumerate(zip(tiles, shapes))}
     frames, height, width = 4 * latents.shape[1] - 3, 8 * latents.shape[2], 8 * latents.shape[3]
@@ -47,7 +47,7 @@ def decode(vae, latents, group=None):
 
 
 def decode_plan(vae, shape):
-    """Return the spans (start, stop) that cut latents (T, h, w): in time, in height, in width."""
+    """Return three lists of spans (start, stop) that cut latents (T, h, w) into tiles: in time, in height, in width."""
 
     def spans(length, tile, stride, several):
         return [(a, min(a + tile, length)) for a in range(0, length, stride)] if several else [(0, length)]
@@ -64,7 +64,7 @@ def decode_plan(vae, shape):
 
 
 def share_out(sizes, ranks):
-    """Deal out the largest first, each to the rank with the least so far: (the owner of each, what each rank has)."""
+    """Assign each size, the largest first, to the rank with the least so far. Return (owner of each, total of each rank)."""
     owners, counts = [0] * len(sizes), [0] * ranks
     for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
         owners[n] = counts.index(min(counts))
@@ -73,8 +73,8 @@ def share_out(sizes, ranks):
 
 
 def blend_tiles(vae, plan, decoded):
-    """Join {(time, row, column): pixels [3, f, y, x]} -> [3, F, H, W]: each with its neighbours as they are after their own
-    blending, above first, then left; time after space."""
+    """Join {(time, row, column): pixels [3, f, y, x]} -> [3, F, H, W]. Each tile is blended with its neighbours, which are
+    blended already: first the one above, then the left one; time comes after space."""
     clips, (times, rows, columns) = [], plan
     axes = ("num_frames", "height", "width")
     stride_t, stride_h, stride_w = strides = [getattr(vae, f"tile_sample_stride_{axis}") for axis in axes]

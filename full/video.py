@@ -1,4 +1,4 @@
-"""Videos and pictures: read as the frames that a model is trained on, and written for people. Needs av and Pillow."""
+"""Read videos and pictures as the frames that a model is trained on, and write them for people. Needs av and Pillow."""
 
 import contextlib
 import io
@@ -16,20 +16,20 @@ TO_SDR = (
 
 
 def read_image(file):
-    """Read a picture, or the first of an animation, upright, in RGB, white where it is transparent.
+    """Read a picture, or the first one of an animation: upright, in RGB, white where it is transparent.
 
-    ValueError if it is none, or has more than 8 bits a channel.
+    ValueError if the file is not a picture, or has more than 8 bits a channel.
     """
     with one_sentence(f"{file} is not an image"):
         return next(images_of_picture(file))[2]
 
 
 def read_frames(file, args, notes=None):
-    """Return RGB images of one size from a video or an animation, at each 1/24 s the frame shown then, or from a picture;
-    4k + 1, --frames at most.
+    """Return the frames of a video, an animation or a picture as RGB images of one size: one for each 1/24 s, the frame that
+    is shown then; 4k + 1 of them, at most --frames.
 
-    Resized and cropped at the centre to --height x --width, or to the size of that area whose shape is nearest.
-    notes: a set, to which is added what a person should know of the result. ValueError for what can't be read.
+    They are resized and cropped at the centre to --height x --width, or to the size of that area with the nearest shape.
+    notes: a set, to which sentences are added that a person should know. ValueError if the file can't be read.
     """
     from PIL import Image, ImageOps
 
@@ -58,12 +58,13 @@ def read_frames(file, args, notes=None):
 
 
 class Refused(ValueError):
-    """A sentence of ours, in which a library's has no part."""
+    """An error with a sentence of our own, which `one_sentence` passes on as it is."""
 
 
 @contextlib.contextmanager
 def one_sentence(what):
-    """Make a ValueError of one sentence of whatever a library raises: SyntaxError, EOFError, struct.error, its own kinds."""
+    """Turn anything that a library raises (SyntaxError, EOFError, struct.error, its own kinds) into a ValueError of one
+    sentence."""
     try:
         yield
     except Refused:
@@ -73,7 +74,7 @@ def one_sentence(what):
 
 
 def images_of_picture(file):
-    """Yield (start, end, RGB image) of a picture, or of each one of an animation, in seconds."""
+    """Yield (start, end, RGB image) for a picture, or for each picture of an animation, in seconds."""
     from PIL import Image, ImageOps
 
     with Image.open(file) as picture:
@@ -90,7 +91,7 @@ def images_of_picture(file):
 
 
 def on_white(image):
-    """Return an RGB image, with white where one is transparent, whatever colour is hidden there."""
+    """Return an RGB image with white where the image is transparent, whatever colour is hidden there."""
     from PIL import Image
 
     if image.has_transparency_data:
@@ -102,15 +103,15 @@ def on_white(image):
 def images_of_video(file, seconds, notes):
     """Yield (start, end, RGB image) of each frame of a video, in seconds from the first one.
 
-    Rates within 1 % of 24 a second are taken as 24. ValueError if the file ends before its head says, within the `seconds`
-    that are used, and for HDR that was not made to look right on other screens.
+    Rates within 1 % of 24 a second are taken as 24. ValueError if the file ends earlier than its header says, within the
+    `seconds` that are used, and for HDR (PQ) that was not converted for other screens.
     """
     import av
     from av.stream import Disposition
 
     with av.open(str(file)) as video:
         streams = [stream for stream in video.streams.video if not stream.disposition & Disposition.attached_pic]
-        if not streams or video.format.name == "tty":  # which draws the letters of a text file
+        if not streams or video.format.name == "tty":  # tty draws the letters of a text file
             raise Refused("it has no video")
         if video.metadata.get("major_brand") in ("heic", "heix", "mif1", "msf1"):
             raise Refused("it is a HEIC picture, of which one tile would be read: save it as .jpg")
@@ -118,7 +119,7 @@ def images_of_video(file, seconds, notes):
         stream = best if best in streams else streams[0]
         rate, pixel = float(stream.average_rate or stream.guessed_rate or 24), float(stream.sample_aspect_ratio or 1)
         whole = float(stream.duration * stream.time_base) if stream.duration else (video.duration or 0) / av.time_base
-        if video.format.name == "avi":  # whose duration is a guess where its index is cut off
+        if video.format.name == "avi":  # its duration is a guess if its index is cut off
             whole = stream.frames / rate
         head = {tag: getattr(stream.codec_context, tag) for tag in UNTAGGED}
         first, count, reached = None, 0, 0.0
@@ -144,9 +145,9 @@ def images_of_video(file, seconds, notes):
 
 
 def image_of(frame, pixel):
-    """Return a frame as an RGB image, upright. pixel: width / height of its pixels, which become square.
+    """Return a frame as an upright RGB image. pixel: width / height of its pixels, which become square.
 
-    Without a tag its colours are BT.709's from 720 lines on, and BT.601's below, as players do.
+    Colours without a tag are taken for BT.709 from 720 lines on, and for BT.601 below, as players do.
     """
     from PIL import Image
 
@@ -169,7 +170,7 @@ def bucket(width, height, area):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# files that one can watch
+# files for people to watch
 
 
 def to_bytes(clip):
@@ -179,7 +180,7 @@ def to_bytes(clip):
 
 
 def strip(frames, count=6, height=240):
-    """Return frames [F, H, W, 3] as the bytes of a .png with some of them side by side, for a look without a player.
+    """Return the bytes of a .png with some of the frames [F, H, W, 3] side by side, for a look without a player.
 
     A single frame is the picture itself, at its full size.
     """
@@ -207,7 +208,7 @@ def check_encoder():
 
 
 def mp4(frames, rate=24):
-    """Return frames [F, H, W, 3] in 0..255 as the bytes of an .mp4: H.264, yuv420p, the model's own 24 frames a second."""
+    """Return the bytes of an .mp4 of frames [F, H, W, 3] in 0..255: H.264, yuv420p, the model's own 24 frames a second."""
     import av
 
     data = io.BytesIO()

@@ -1,6 +1,6 @@
-"""Weights: read in the naming of the release, diffusers or ComfyUI, strictly; written as diffusers reads them.
+"""Read weights in the naming of the release, diffusers or ComfyUI, strictly, and write them as diffusers reads them.
 
-Reading needs torch and safetensors, writing huggingface_hub (the extra [pipeline]).
+Writing needs huggingface_hub (the extra [pipeline]).
 """
 
 import json
@@ -19,7 +19,7 @@ from hunyuan_sp import assign
 
 
 def whole(param):
-    """Return a parameter, gathered if it is sharded."""
+    """Return a parameter's values, gathered if it is sharded."""
     return (param.full_tensor() if isinstance(param, DTensor) else param).detach()
 
 
@@ -27,9 +27,9 @@ def load_weights(model, source):
     """Load a file, a folder or a dict of tensors in any of the three namings, strictly; sharded models too.
 
     source: a .safetensors file, a folder of them (with an index or without), the original .pt, or {name: tensor}. Names,
-    shapes and types are checked first; then it streams tensor by tensor, each rank keeping its part, and checks the values.
-    fp8 is loaded as the numbers that it holds; if they are to be multiplied by scales kept elsewhere, it is refused.
-    ValueError says which names are missing, unknown or of another shape, and how many.
+    shapes and types are checked first; then tensors are read one by one, their values checked, and each rank keeps its part.
+    fp8 is loaded as the numbers in the file, and refused if these need scales that are kept elsewhere.
+    ValueError if names are missing, unknown or of another shape; it says which and how many.
     """
     tensors = unprefixed(readers(source))
     naming = naming_of(tensors)
@@ -50,14 +50,14 @@ def load_weights(model, source):
     for name, names in sources.items():
         parts = []
         for n in names:
-            part = tensors[n][1]().to(params[name].device)  # a GPU looks at 26 GB in seconds
+            part = tensors[n][1]().to(params[name].device)  # a GPU checks 26 GB in seconds
             check_values(n, part)
-            parts.append(part.to(params[name].dtype))  # parts may be of different types
+            parts.append(part.to(params[name].dtype))  # parts may have different dtypes
         assign(params[name], swap_halves(naming, name, torch.cat(parts) if len(parts) > 1 else parts[0]))
 
 
 def check_values(name, tensor):
-    """Raise ValueError for values that are not finite, or that need a scale which is not in the tensor."""
+    """Raise ValueError if values are not finite, or need a scale that is not in the tensor."""
     wide = tensor.float() if tensor.itemsize == 1 else tensor
     if not wide.isfinite().all():
         raise ValueError(f"{name} has values that are not finite")
@@ -73,7 +73,7 @@ def check_values(name, tensor):
 
 
 def weight_files(source):
-    """Return the files of weights at a path: itself, those that a folder's index names, or all .safetensors of a folder."""
+    """Return the weight files at a path: the file itself, those in a folder's index, or all .safetensors of a folder."""
     path = Path(source)
     indices = visible(path, "*.safetensors.index.json") if path.is_dir() else []
     files = visible(path, "*.safetensors") if path.is_dir() else [path]
@@ -97,7 +97,7 @@ def weight_files(source):
 
 
 def weight_map(index):
-    """Return {tensor: file} of an index."""
+    """Return {tensor name: file name} of an index."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} is not an index of weights: it has no weight_map of names")
@@ -105,7 +105,7 @@ def weight_map(index):
 
 
 def readers(source):
-    """Return {name: (shape, function that reads the tensor)}; nothing is unpickled but tensors."""
+    """Return {name: (shape, function that reads the tensor)}. Only tensors are unpickled."""
     if isinstance(source, dict):
         return from_dict("the weights", source)
     path, found = Path(source), {}
@@ -127,7 +127,7 @@ def readers(source):
 
 
 def read_pt(path):
-    """Return the tensors of the release's .pt, by name."""
+    """Return {name: tensor} of the release's .pt."""
     if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
         raise ValueError(f"{path} is none of .safetensors, .pt, .pth, .bin, .ckpt: other formats are not read")
     scales = path.with_name(f"{path.stem}_map{path.suffix}")
@@ -159,14 +159,14 @@ def from_dict(origin, tensors):
 
 
 def save_weights(model, folder, naming="original", dtype=torch.bfloat16, shard_bytes=5 * 10**9):
-    """Export for others: sharded .safetensors with an index, as diffusers' from_pretrained reads them, and config.json.
+    """Write weights for others: .safetensors with an index, as diffusers' from_pretrained reads them, and config.json.
 
     Collective: all ranks call it, rank 0 writes. A sharded model is gathered one parameter at a time.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     folder, writes = Path(folder), not dist.is_initialized() or dist.get_rank() == 0
-    origin, planned = {}, {}  # of each exported tensor: the parameter it is cut from, and its size
+    origin, planned = {}, {}  # for each exported tensor: the parameter it is cut from, and its size
     for name, param in model.named_parameters():
         empty = torch.empty(param.shape, dtype=dtype, device="meta")
         for key, tensor in export_weight(model.config, name, empty, naming).items():
@@ -189,7 +189,7 @@ def save_weights(model, folder, naming="original", dtype=torch.bfloat16, shard_b
         if writes:
             save_tensors(parts[-1][0], shard)
     if writes:
-        # the old export goes when the new one is on the disk; the index comes last, so that half an export is none
+        # the old export is deleted when the new one is on the disk; the index comes last, so half an export can't be read
         for old in [*folder.glob(pattern.format(suffix="*")), *folder.glob(f"{pattern.format(suffix='*')}.index.json")]:
             old.unlink()
         for written, final in parts:
