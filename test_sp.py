@@ -147,7 +147,7 @@ def flip(data, place):
 
 
 class Touch:
-    """What a malicious pickle does."""
+    """A malicious pickle: it makes a file when it is read."""
 
     def __init__(self, path):
         self.path = path
@@ -189,11 +189,11 @@ def worker(rank, world, layout, module, checks, folder, cuda):
     for name, options in checks.items():
         try:
             module.CHECKS[name](pm, folder, **options)
-            told = "ok"
+            message = "ok"
         except BaseException:
-            told = traceback.format_exc()
-        (folder / f"{layout}.{name}.{rank}").write_text(told)
-        if told != "ok":
+            message = traceback.format_exc()
+        (folder / f"{layout}.{name}.{rank}").write_text(message)
+        if message != "ok":
             os._exit(1)
     pm.close()
 
@@ -338,7 +338,7 @@ def start_forked(program, *flags, ranks=1, out):
 
 
 def fork(program, *flags, ranks=1, out):
-    """The same until they end: [(exit code, what it printed)] of each rank."""
+    """Start a program like that, wait until its ranks end, and return [(exit code, what it printed)] of each."""
     work = start_forked(program, *flags, ranks=ranks, out=out)
     for process, _ in work:
         process.join(300)
@@ -596,12 +596,12 @@ def check_flow_loss_with_an_image(pm, folder):
         noisy, target, image = (draw(2, 4, frames, 4, 6).to(pm.device) for frames in (3, 3, 1))
         inputs = random_inputs(config, (3, 4, 6), (5, 2), pm.device)
         batch = inputs | dict(latents=noisy, target=target, image=image, weight=torch.ones(2, device=pm.device))
-        told = torch.cat((image, noisy[:, :, 1:]), 2)
+        latents = torch.cat((image, noisy[:, :, 1:]), 2)
         if channels == 9:
             condition, mask = torch.zeros_like(noisy), torch.zeros_like(noisy[:, :1])
             condition[:, :, :1], mask[:, :, 0] = image, 1
-            told = torch.cat((noisy, condition, mask), 1)
-        truth = (model(**inputs | dict(latents=told)) - target)[:, :, first:].square().mean()
+            latents = torch.cat((noisy, condition, mask), 1)
+        truth = (model(**inputs | dict(latents=latents)) - target)[:, :, first:].square().mean()
         ours = train_min.flow_loss(model, batch, 6.0, pm.sp_group) / train_min.count_tokens(batch, config)
         close(pm.sum(ours.detach(), pm.sp_group), truth.detach())
 
@@ -639,7 +639,7 @@ MISTAKES = [  # and their cures
 
 
 def commit_mistakes(pm):
-    """What one sees of each, on 3 ranks with 4, 4 and 3 tokens: committed on purpose, and measured. Of three weights `refine`
+    """Commit each mistake on 3 ranks with 4, 4 and 3 tokens, and yield what one sees. Of three weights `refine`
     comes before the split, whole on every rank; `attend` is on split tokens; `read` after them (and after a gather)."""
     draw, group, P = draws(0), pm.sp_group, 3
     sizes, rank = split_sizes(11, group), pm.sp_rank
@@ -672,7 +672,7 @@ def commit_mistakes(pm):
         return f"× {factor:.2f} in all, plus {100 * other:.0f} % that points elsewhere"
 
     def factors(wrong, *expected):
-        """Those of the three weights' gradients, which have no other direction."""
+        """Return the factors of the three weights' gradients, which have no other direction."""
         parts = [seen(*pair) for pair in zip(wrong.split((36, 108, 36)), truth.split((36, 108, 36)))]
         assert [f for f, _ in parts] == exact(expected) and max(other for _, other in parts) < 1e-10, parts
         first, _, last = (f"× {factor:.3g}" for factor, _ in parts)
@@ -754,7 +754,7 @@ def check_blocks_are_compiled_once(pm, folder):
 
 
 def check_activation_memory(pm, folder):
-    """What backward keeps, weights aside, is shared out over the sp ranks: together no more than one device's, to 10 %."""
+    """The sp ranks share what backward keeps, weights aside: together no more than one device's, to 10 %."""
     model, inputs = random_model(CONFIG, pm.device), random_inputs(CONFIG, (4, 24, 24), (3,), pm.device)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -874,7 +874,7 @@ SHORT = "--steps 5 --warmup 2 --lr 1e-3 --batch 5 --accumulation 2 --caption_dro
 
 
 def check_loss_curve_and_resume(pm, folder, everyone=False):
-    """The same run on every layout. Step 2 of the layout that ran before (or of everyone) goes on here; on one rank and on
+    """Compare the same run on every layout. Step 2 of the layout that ran before (or of everyone) goes on here; on one rank and on
     two so does its own, and then that one's step 4."""
     own = folder / f"run-{pm.dp_size}x{pm.sp_size}"
     others = sorted((p for p in folder.glob("run-*") if p != own), key=lambda p: (p / "log.jsonl").stat().st_mtime)
@@ -905,7 +905,7 @@ def check_loss_curve_and_resume(pm, folder, everyone=False):
 
 
 def check_sampling(pm, folder):
-    """What the 1x1 run saved, sampled on this layout; with a negative prompt of another length in the same batch; and the
+    """Sample what the 1x1 run saved on this layout; with a negative prompt of another length in the same batch; and the
     release's weights with embeddings from a file."""
     own, clips, draw = folder / f"clips-{pm.dp_size}x{pm.sp_size}", {}, draws(6, torch.float32)
     own.mkdir(exist_ok=True)
@@ -937,7 +937,7 @@ def check_sampling(pm, folder):
 
 
 def check_noise_is_for_benchmarks(pm, folder):
-    """A large model without data trains on noise, and nothing is saved but where it was told to."""
+    """A large model without data trains on noise, and saves only if asked."""
     flags = "--config 13b --height 32 --width 48 --frames 5 --accumulation 2 --batch 4 --steps 1".split()
     for more in ([], ["--save_every", 1]):
         train(pm, *flags, *more, "--out", folder / "noise", preset=replace(CONFIG, in_channels=4))
@@ -948,8 +948,8 @@ def check_noise_is_for_benchmarks(pm, folder):
 def check_bad_input_is_refused_on_every_rank(pm, folder):
     """Before any collective: ranks that went on would hang here."""
 
-    def refused(told, function, *args, error=ValueError, **more):
-        with pytest.raises(error, match=told):
+    def refused(expected, function, *args, error=ValueError, **more):
+        with pytest.raises(error, match=expected):
             function(*args, **more)
 
     world, sp, kind = pm.world_size, pm.sp_size, pm.device.type
@@ -972,8 +972,8 @@ def check_bad_input_is_refused_on_every_rank(pm, folder):
         refused(f"{sp} sequence-parallel ranks are more than the {sp - 1} heads", model, **inputs, group=pm.sp_group)
     for group, rank, size in ((pm.sp_group, pm.sp_rank, sp), (pm.world_group, pm.rank, world)):
         if size > 1:
-            told, facts = r"ranks \d and \d differ in samples: \[0\] and \[1\]", dict(step=1, samples=[int(rank > 0)])
-            refused(told, pm.check_equal, facts, group)
+            expected = r"ranks \d and \d differ in samples: \[0\] and \[1\]"
+            refused(expected, pm.check_equal, dict(step=1, samples=[int(rank > 0)]), group)
 
 
 def check_meta_init(pm, folder):
@@ -1180,7 +1180,7 @@ def test_one_layout_of_gradients_reaches_attention():
 
 @pytest.mark.parametrize("checkpointing, runs", [("none", 1), ("attention", 1), ("full", 2)])
 def test_checkpointing_keeps_attention(checkpointing, runs):
-    """Of each block: `full` computes attention again in backward, `attention` does not."""
+    """`full` computes each block's attention again in backward, `attention` does not."""
     model, inputs = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (3, 3))
     with Attention() as seen:
         model(**inputs, checkpointing=checkpointing).sum().backward()
@@ -1226,7 +1226,7 @@ def test_released_weights(tmp_path):
     save_file(source | {"x.weight": torch.zeros(1)}, tmp_path / "unknown.safetensors")
     save_file(source | {name: torch.zeros(3, 4)}, tmp_path / "shape.safetensors")
     save_file(source | {name: source[name].to(torch.float8_e4m3fn)}, tmp_path / "fp8.safetensors")
-    for file, told in {
+    for file, expected in {
         "missing.safetensors": rf"missing.safetensors lacks 1 of the model's weights, {name} among them",
         "unknown.safetensors": r"x.weight \[1\] .*unknown.safetensors does not fit the model",
         "shape.safetensors": rf"{name} \[3, 4\] .*does not fit the model",
@@ -1234,7 +1234,7 @@ def test_released_weights(tmp_path):
         "empty": "empty lacks 120 of the model's weights",
         "evil.pt": "Weights only load failed",
     }.items():
-        with pytest.raises((ValueError, pickle.UnpicklingError), match=told):
+        with pytest.raises((ValueError, pickle.UnpicklingError), match=expected):
             load_release(HunyuanVideo(GOLDEN), tmp_path / file)
     assert not (tmp_path / "touched").exists(), "a pickle was executed"
 
@@ -1312,7 +1312,7 @@ def test_a_tail_is_padded_or_dropped():
         assert ranks[0].epoch == 1 and len(ranks[0]) == n // batch
 
 
-def test_sampler_tells():
+def test_sampler_refuses_and_warns():
     """A state of other samples is refused: two that swapped places would be repeated and left out. So is a forgotten advance."""
     shapes, names = ["a", "b", "a", "b"], ["1", "2", "3", "4"]
     saved = DPSPBatchSampler(4, 1, shapes=shapes, names=names)
@@ -1321,8 +1321,8 @@ def test_sampler_tells():
     for other in (dict(shapes=["b", "a", "a", "b"], names=names), dict(shapes=shapes, names=["2", "1", "3", "4"])):
         with pytest.raises(ValueError, match=r"the state was saved with samples \w+, this sampler has \w+"):
             DPSPBatchSampler(4, 1, **other).load_state_dict(good)
-    for change, told in ((dict(length=5), "length 5, this .* 4"), (dict(seed=1), "seed 1, this .* 0")):
-        with pytest.raises(ValueError, match=f"the state was saved with {told}"):
+    for change, expected in ((dict(length=5), "length 5, this .* 4"), (dict(seed=1), "seed 1, this .* 0")):
+        with pytest.raises(ValueError, match=f"the state was saved with {expected}"):
             saved.load_state_dict(good | change)
         assert saved.state_dict() == good
     sampler = DPSPBatchSampler(4, 1)
@@ -1370,7 +1370,7 @@ def test_sampler_through_workers():
 
 
 def test_bad_model_inputs():
-    """What would be silent, or hang on some ranks, is told. For other shapes torch has errors of its own."""
+    """The model refuses what would be silent, or hang on some ranks. For other shapes torch has errors of its own."""
     model, good = random_model(CONFIG), random_inputs(CONFIG, (2, 4, 6), (4, 2))
     latents, text, pooled, guidance = (good[name] for name in ("latents", "text", "pooled", "guidance"))
     changes = {
@@ -1384,8 +1384,8 @@ def test_bad_model_inputs():
         "text lengths [5, 0] are not in 1 .. 5": dict(lengths=[5, 0]),
         "text lengths [6, 1] are not in 1 .. 5": dict(lengths=[6, 1]),
     }
-    for told, change in changes.items():
-        with pytest.raises(ValueError, match=re.escape(told)):
+    for expected, change in changes.items():
+        with pytest.raises(ValueError, match=re.escape(expected)):
             model(**good | change)
     with pytest.raises(ValueError, match="guidance must not be given to this model"):
         random_model(replace(CONFIG, guidance_embed=False))(**good)
@@ -1398,7 +1398,7 @@ def test_bad_model_inputs():
             text_lengths(torch.tensor([[1, 1, 1, 1, 0], row]))
 
 
-@pytest.mark.parametrize("call, told", [
+@pytest.mark.parametrize("call, expected", [
     (partial(DPSPBatchSampler, 0, 4), "the dataset has 0 samples"),
     (partial(DPSPBatchSampler, 8, 0), "global_batch_size 0"),
     (partial(DPSPBatchSampler, 8, 4, 2, 2), "dp_rank 2 between 0 and 1"),
@@ -1414,8 +1414,8 @@ def test_bad_model_inputs():
     (partial(hunyuan_sp.latent_shape, HunyuanConfig(), 256, 256, 16), r"frames 16 must be 4k\+1: 256 x 256 x 13 or 17 would do"),
     (partial(infer_min.embed, "a cat", HunyuanConfig(), mock.Mock(embeds=None, config=None), "cpu"), "give --embeds instead"),
 ])  # fmt: skip
-def test_bad_arguments(call, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_arguments(call, expected):
+    with pytest.raises(ValueError, match=expected):
         call()
 
 
@@ -1423,16 +1423,16 @@ def test_bad_arguments(call, told):
 # the programs
 
 
-@pytest.mark.parametrize("lesson, ranks, told", [
+@pytest.mark.parametrize("lesson, ranks, expected", [
     ("comm", 3, [r"rank 2 before: 50 01|rank 0 before: 00 01 02 03 04", r"<all_to_all\(x\), y> = (\d+), <x, transpose\(y\)> = \1,"]),
     ("sampler", 1, ["the epoch is over, each sample was seen once", r"stopped. The state: .*'consumed': 8"]),
     ("hunyuan_sp", 2, [r"all tokens, some heads rank 0: \[1, 52, 3, 16\]   rank 1: \[1, 52, 3, 16\]"]),
 ])  # fmt: skip
-def test_lessons(lesson, ranks, told, tmp_path):
+def test_lessons(lesson, ranks, expected, tmp_path):
     """The files explain themselves when they are run, in at most 25 lines, and what they say is right."""
     code, printed = fork(lesson, ranks=ranks, out=tmp_path)[0]
     lines = [line for line in printed.splitlines() if "[Gloo]" not in line]
-    assert code == 0 and 0 < len(lines) <= 25 and all(re.search(part, printed) for part in told), printed
+    assert code == 0 and 0 < len(lines) <= 25 and all(re.search(part, printed) for part in expected), printed
     assert (printed.count(": True"), printed.count("False")) == (3 * (lesson == "comm"), 0), printed
     assert "Warning" not in printed, printed
 
@@ -1458,8 +1458,8 @@ def test_a_folder_of_latents(tmp_path):
     assert data.names == [f"{n}.safetensors" for n in range(9)]
     assert data.shapes == [tuple(data[n][1].shape) for n in range(9)] and len({*data.shapes}) == 2
     flags = ["--data", tmp_path / "data", "--out", out, "--batch", 2]
-    told = fork("train_min", *flags, "--steps", 6, ranks=2, out=tmp_path)
-    assert [code for code, _ in told] == [0, 0] and len(losses(out)) == 6, told
+    results = fork("train_min", *flags, "--steps", 6, ranks=2, out=tmp_path)
+    assert [code for code, _ in results] == [0, 0] and len(losses(out)) == 6, results
     ((code, printed),) = fork("train_min", *flags, "--steps", 8, "--resume", out=tmp_path)
     assert code == 0 and [entry["step"] for entry in losses(out)] == [*range(1, 9)], printed
     assert all(math.isfinite(entry["loss"] + entry["grad_norm"]) for entry in losses(out))
@@ -1489,7 +1489,7 @@ def test_the_newest_checkpoint(tmp_path):
 
 @on_layouts(CHECKS, ONLY)
 def test_on(layout, check, ranks_of_layout):
-    """What the ranks of each layout have found meanwhile."""
+    """Report what the ranks of each layout have found meanwhile."""
     assert_ok(layout, [check], *ranks_of_layout(layout))
 
 

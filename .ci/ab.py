@@ -46,7 +46,7 @@ def inputs(frames, device):
 
 
 def timed(name, step, count):
-    """Of `count` steps the first two compile and allocate."""
+    """Time `count` steps; the first two compile and allocate."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds = []

@@ -1,4 +1,4 @@
-"""What takes longer than the suite: the same checks as in its files, with larger numbers. On two cores, from anywhere:
+"""Run what takes longer than the suite: the same checks as in its files, with larger numbers. On two cores, from anywhere:
 
     $ python .ci/endurance.py kills      # 50 kill -9 of random ranks over 306 steps; weights equal an undisturbed run's
     $ python .ci/endurance.py saves      # 50 kill -9 inside saves; the last checkpoint is always whole
@@ -48,8 +48,8 @@ def saves(folder):
 def faults(folder):
     """The stopped one too: torchrun waits 30 s before it kills what does not end."""
     silent = "rank 1 does not answer"
-    told = dict(raises="rank 1 has had enough", dies=rf"({silent}|exitcode +: -9)", hangs=silent, stops=silent)
-    for fault, sentence in told.items():
+    expected = dict(raises="rank 1 has had enough", dies=rf"({silent}|exitcode +: -9)", hangs=silent, stops=silent)
+    for fault, sentence in expected.items():
         (folder / fault).mkdir()
         test_runs.test_a_fault_ends_the_job_and_names_the_rank(fault, sentence, folder / fault)
         took = time.time() - (folder / fault / "run" / "log.jsonl").stat().st_mtime
@@ -57,7 +57,7 @@ def faults(folder):
 
 
 def exits(folder):
-    """Of Python's own way out, every second run crashes in gloo's threads."""
+    """End 100 runs with status 0; by Python's own way out every second one crashes in gloo's threads."""
     flags = ["--steps", 1, "--device", "cpu", "--out", folder / "run"]
     codes = [launch("train_min.py", *flags, ranks=2, out=folder)[0] for _ in range(100)]
     print(f"{codes.count(0)} of {len(codes)} runs ended with status 0")
@@ -149,7 +149,7 @@ pm.close()
 
 
 def stream(folder):
-    """Of the 13B's width, 2 GB: while they load, a rank grows by its shard and about one tensor."""
+    """Load 2 GB of weights of the 13B's width: a rank grows by its shard and about one tensor."""
     with torch.device("meta"):
         model = HunyuanVideo(HunyuanConfig.preset("13b", double_depth=1, single_depth=2))
     save_file({k: torch.rand(p.shape).bfloat16() for k, p in model.named_parameters()}, folder / "a.safetensors")
@@ -159,8 +159,8 @@ def stream(folder):
     assert code == 0 and len(ranks) == 2, printed
     for rank in ranks:
         whole, shard, largest, grown = map(int, rank)
-        told = dict(whole=whole, shard=shard, largest=largest, grown=grown)
-        print("GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in told.items()))
+        sizes = dict(whole=whole, shard=shard, largest=largest, grown=grown)
+        print("GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items()))
         assert grown <= shard + 2 * largest < 0.7 * whole
 
 

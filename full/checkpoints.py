@@ -161,15 +161,17 @@ class Checkpoints:
     def load(self, path, model=None, optimizer=None, more=None):
         """Load a checkpoint from `find` into the model, the optimizer and `more`, on any layout, sharded or not. Frozen
         weights are left as they are."""
-        told, reader = f"{path} could not be loaded", dcp.HuggingFaceStorageReader(str(path))
-        tensors, saved = _tensors(model, optimizer, more), _or_oserror(told, reader.read_metadata).state_dict_metadata
+        problem = f"{path} could not be loaded"
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        tensors = _tensors(model, optimizer, more)
+        saved = _or_oserror(problem, reader.read_metadata).state_dict_metadata
         # a parameter that never had a gradient has no state, there or here
         stateful = {key.rpartition(".")[0] for key in saved}
         params = {f"optimizer.state.{name}": param for name, param in model.named_parameters()} if optimizer else {}
         fresh = {name: param for name, param in params.items() if name not in stateful}
         wanted = {key: value for key, value in tensors.items() if key.rpartition(".")[0] not in fresh}
         # the tensors are the model's and the optimizer's own: they are filled in place
-        _or_oserror(told, partial(dcp.load, wanted, storage_reader=reader))
+        _or_oserror(problem, partial(dcp.load, wanted, storage_reader=reader))
         for param in fresh.values():
             optimizer.state.pop(param, None)
 
@@ -200,12 +202,12 @@ def _check_state(model, optimizer):
             raise ValueError(f"optimizer {name} is of type {type(value).__name__}: only tensors are saved")
 
 
-def _or_oserror(told, function):
+def _or_oserror(problem, function):
     """Call `function` of torch.distributed.checkpoint, and turn any error in it into an OSError of one sentence."""
     try:
         return function()
     except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
-        raise OSError(f"{told}: {sentence_of(error)}") from None
+        raise OSError(f"{problem}: {sentence_of(error)}") from None
 
 
 def manifests(folder):

@@ -121,7 +121,7 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
 
 
 def bad_files(folder):
-    """What BAD speaks of: data, weights and checkpoints that are not what they should be."""
+    """Make the files that BAD names: data, weights and checkpoints that are not what they should be."""
     good = dict(latents=torch.zeros(3, 1, 4, 4), text=torch.zeros(2, 32), pooled=torch.zeros(32))
     files = dict(odd=good | dict(latents=torch.zeros(3, 1, 5, 4)), width=good | dict(text=torch.zeros(2, 31)))
     files |= dict(masked=good | dict(text_mask=torch.ones(2)))
@@ -156,19 +156,19 @@ def test_bad_input(tmp_path):
     bad_files(tmp_path)
     wrong, work = [], []
 
-    def look(line, told, ranks):
+    def look(line, expected, ranks):
         for process, file in ranks:
             process.join(300)
             text = file.read_text()
             lines = [x for x in text.splitlines() if not re.match(r"\[[WI]\d|\[Gloo\]|skipping ", x)]
-            if process.exitcode != 1 or len(lines) != 1 or not re.match(f"error: .*{re.escape(told)}", lines[0]):
-                wrong.append(f"{line}: status {process.exitcode}, expected {told!r}:\n{text[-1500:]}")
+            if process.exitcode != 1 or len(lines) != 1 or not re.match(f"error: .*{re.escape(expected)}", lines[0]):
+                wrong.append(f"{line}: status {process.exitcode}, expected {expected!r}:\n{text[-1500:]}")
 
-    for n, (line, told) in enumerate(BAD):
+    for n, (line, expected) in enumerate(BAD):
         command, out = line.format(bad=tmp_path).split(), tmp_path / f"row-{n}"
         command += ["--out", str(out / "run")] if command[0] == "full.train" and "--out" not in command else []
         out.mkdir()
-        work.append((line, told.format(bad=tmp_path), start_forked(*command, ranks=2, out=out)))
+        work.append((line, expected.format(bad=tmp_path), start_forked(*command, ranks=2, out=out)))
         if len(work) == 3:  # ranks wait half a second for each other: others compute meanwhile
             look(*work.pop(0))
     for row in work:
@@ -190,14 +190,14 @@ def test_bad_input_under_torchrun(tmp_path):
 def test_flags_are_refused_before_the_ranks_meet():
     early = ("full.train --config", "full.train --steps", "full.train --sp 7", "full.infer --config 15b")
     early += ("full.infer --config tiny --sp", "full.encode")
-    lines = {line: told for line, told in BAD if line.startswith(early)}
+    lines = {line: expected for line, expected in BAD if line.startswith(early)}
     programs = {"full.train": lambda flags: full.train.train(parse_train(None, flags))}
     programs["full.infer"] = lambda flags: full.infer.infer(full.infer.parse(flags))
     programs["full.encode"] = lambda flags: full.encode.encode(full.encode.parse(flags))
-    for line, told in lines.items():
+    for line, expected in lines.items():
         program, *flags = line.split()
         with mock.patch.object(faults, "init", lambda *_, **__: 1 / 0):
-            with pytest.raises(ValueError, match=re.escape(told)):
+            with pytest.raises(ValueError, match=re.escape(expected)):
                 programs[program](flags)
     assert len(lines) > 10
 
@@ -210,13 +210,13 @@ def test_without_the_extra(tmp_path):
         full.infer.infer(full.infer.parse(["--model", str(tmp_path), "--prompt", "a cat"]))
 
 
-@pytest.mark.parametrize("environment, told", [
+@pytest.mark.parametrize("environment, expected", [
     (dict(SLURM_NTASKS="2"), "SLURM_NTASKS is 2, but there is no RANK"),
     (dict(WORLD_SIZE="2"), "WORLD_SIZE is 2, but there is no RANK"),
     (dict(RANK="0"), "RANK is 0, but there is no WORLD_SIZE and no MASTER_ADDR and no MASTER_PORT"),
 ])  # fmt: skip
-def test_half_an_environment(environment, told):
-    with mock.patch.dict(os.environ, environment), pytest.raises(ValueError, match=told):
+def test_half_an_environment(environment, expected):
+    with mock.patch.dict(os.environ, environment), pytest.raises(ValueError, match=expected):
         faults.check_launch()
 
 
@@ -225,7 +225,7 @@ def test_half_an_environment(environment, told):
 
 
 def test_plan():
-    """What full.plan says, against everything that was measured: memory to 10 %, seconds to 15 %."""
+    """Compare full.plan with everything that was measured: memory to 10 %, seconds to 15 %."""
     text = (HERE / "assets" / "measured.md").read_text()
     rows = re.findall(
         r"^\| `(--[^`]*)` \| ([\d.]+) \| ([\d.]*) ?\|$", text[text.index("what `full.plan` says") :], re.M
@@ -244,7 +244,7 @@ def test_plan():
 
 
 def test_bytes_of_a_block():
-    """What rank 0 of 4 sends in a forward: q, k, v in one exchange, the output in another; and what the plan counts."""
+    """Count what rank 0 of 4 sends in a forward, q, k, v in one exchange and the output in another; the plan counts the same."""
     qkv, sent = torch.empty(1, 29715, 3, 24, 128, dtype=torch.bfloat16, device="meta"), []
 
     def exchange(inbox, outbox, counts_in, counts_out, group):
@@ -316,30 +316,30 @@ def test_plan_is_printed(tmp_path):
     assert code == 0 and {*parts} == {*facts.split()}
     assert 10 < parts["gib_a_gpu"] < 80 and parts["gib_a_gpu"] > parts["of_the_gpu"]["weights"] > 1
     assert parts["video"] == "720 x 1280 x 49"
-    for flags, told in (
+    for flags, expected in (
         ("--sp 7", "sequence_parallel_size 7 is more than the 6 heads"),
         ("--sp 0", "--sp 0 is not at least 1"),
     ):
         ((code, printed),) = fork("full.plan", *flags.split(), out=tmp_path)
-        assert (code, printed) == (1, f"error: {told}\n")
+        assert (code, printed) == (1, f"error: {expected}\n")
 
 
-@pytest.mark.parametrize("flags, told", [
+@pytest.mark.parametrize("flags, expected", [
     ("--lroa 32", "there is no flag --lroa: did you mean --lora?"),
     ("--lroa=32", "there is no flag --lroa: did you mean --lora?"),
     ("--nothing_like_it", "there is no flag --nothing_like_it: --help shows what there is"),
     ("--steps many", "argument --steps: invalid int value: 'many'"),
     ("--resume never", "argument --resume: invalid choice: 'never' (choose from"),
 ])  # fmt: skip
-def test_a_mistyped_flag(flags, told, tmp_path, monkeypatch):
+def test_a_mistyped_flag(flags, expected, tmp_path, monkeypatch):
     """One line, once for all ranks; it is the cause that torchrun shows."""
     ranks = fork("full.train", *flags.split(), ranks=2, out=tmp_path)
-    assert [code for code, _ in ranks] == [2, 2] and ranks[0][1].startswith(f"error: {told}"), ranks
+    assert [code for code, _ in ranks] == [2, 2] and ranks[0][1].startswith(f"error: {expected}"), ranks
     assert ranks[0][1].count("\n") == 1 and not ranks[1][1]
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "cause"))
     with pytest.raises(SystemExit):
         parse_train("", flags.split())
-    assert told in json.loads((tmp_path / "cause").read_text())["message"]["message"]
+    assert expected in json.loads((tmp_path / "cause").read_text())["message"]["message"]
 
 
 def test_help_is_in_groups_and_says_defaults(capsys):

@@ -25,14 +25,14 @@ def test_the_first_command_works_twice(tmp_path):
     for n in (1, 2):
         (out / "tmp-step-2").mkdir(parents=True)
         (out / "tmp-step-2" / "junk.safetensors").write_bytes(b"half")
-        told = fork("train_min", *command, "--steps", 2, "--out", out, ranks=2, out=tmp_path)
-        assert [code for code, _ in told] == [0, 0] and f"saved {out}/step-2" in told[0][1], told
+        results = fork("train_min", *command, "--steps", 2, "--out", out, ranks=2, out=tmp_path)
+        assert [code for code, _ in results] == [0, 0] and f"saved {out}/step-2" in results[0][1], results
         assert sorted(p.name for p in out.iterdir()) == ["log.jsonl", "step-2"]
         assert not (out / "step-2" / "junk.safetensors").exists() and len(losses(out)) == 2 * n
     assert losses(out)[:2] == losses(out)[2:], "the second run is another"
 
 
-@pytest.mark.parametrize("program, flags, told", [
+@pytest.mark.parametrize("program, flags, expected", [
     ("train_min", ["--lora", "4"], "full.train"),
     ("train_min", ["--resume", "auto"], "full.train"),
     ("infer_min", ["--model", "X"], "full.infer"),
@@ -40,9 +40,9 @@ def test_the_first_command_works_twice(tmp_path):
     ("infer_min", ["--export", "DIR"], "full.export"),
     ("train_min", ["--check"], "--check"),  # no flag is short for another
 ])  # fmt: skip
-def test_an_old_command_names_the_new_one(program, flags, told, tmp_path):
+def test_an_old_command_names_the_new_one(program, flags, expected, tmp_path):
     ((code, printed),) = fork(program, *flags, out=tmp_path)
-    assert code == 2 and told in printed and "unrecognized arguments" in printed, printed
+    assert code == 2 and expected in printed and "unrecognized arguments" in printed, printed
 
 
 def test_what_the_programs_write_is_ignored_by_git():

@@ -82,7 +82,7 @@ def tensors_of(path):
 # faults
 
 
-def check_groups_wait_as_long_as_they_are_told(pm, folder):
+def check_groups_wait_as_long_as_asked(pm, folder):
     """Every group has the time-out of --timeout: those of the mesh, of what is sharded however, and that of saves."""
 
     def seconds(group, device=pm.device):
@@ -107,8 +107,8 @@ def check_bad_input_is_refused_on_every_rank(pm, folder):
     size = pm.world_size
     sizes = {(None, size + 1): f"world size {size} is not a multiple of sequence_parallel_size {size + 1}"}
     sizes |= {(size, size): f"{size} x sequence_parallel_size {size} is not the world size {size}"} if size > 1 else {}
-    for (dp, sp), told in sizes.items():
-        with pytest.raises(ValueError, match=told):
+    for (dp, sp), expected in sizes.items():
+        with pytest.raises(ValueError, match=expected):
             init(dp, sp, pm.device.type)
     for nothing in (folder / "absent", folder):
         with pytest.raises(FileNotFoundError, match="no checkpoint in"):
@@ -148,7 +148,7 @@ SHORT = (
 
 
 def check_loss_curve_and_resume(pm, folder, everyone=False):
-    """The same run on every layout. Step 2 of the layout that ran before (or of everyone) goes on here; on one rank and on
+    """Compare the same run on every layout. Step 2 of the layout that ran before (or of everyone) goes on here; on one rank and on
     two so does its own, and then that one's step 4."""
     own = folder / f"run-{pm.dp_size}x{pm.sp_size}"
     others = sorted((p for p in folder.glob("run-*") if p != own), key=lambda p: (p / "log.jsonl").stat().st_mtime)
@@ -178,7 +178,7 @@ def check_loss_curve_and_resume(pm, folder, everyone=False):
 
 
 def check_sampling(pm, folder):
-    """What the 1x1 run saved, sampled on this layout; with a negative prompt of another length in the same batch."""
+    """Sample what the 1x1 run saved on this layout; with a negative prompt of another length in the same batch."""
     args = ["--checkpoint", folder / "run-1x1", "--steps", 3, "--cfg", 3, "--negative_prompt", "a red thing moves"]
     for name, more in (("whole", []), ("sharded", ["--shard"])):
         output = folder / f"clip-{pm.dp_size}x{pm.sp_size}-{name}"
@@ -194,10 +194,10 @@ def check_noise_is_for_benchmarks(pm, folder):
     out = folder / f"noise-{pm.dp_size}x{pm.sp_size}"
     with small_preset(replace(CONFIG, in_channels=4)):
         printed = train(pm, *flags, "--out", out / "never")
-        train(pm, *flags, "--save_every", "1", "--out", out / "told")
+        train(pm, *flags, "--save_every", "1", "--out", out / "asked")
     assert not pm.is_main or f"global batch {2 * pm.dp_size}," in printed and "nothing saved" in printed, printed
     together(lambda: None)
-    assert not [*(out / "never").glob("*step*")] and [p.name for p in (out / "told").glob("*step*")] == ["step-1"]
+    assert not [*(out / "never").glob("*step*")] and [p.name for p in (out / "asked").glob("*step*")] == ["step-1"]
 
 
 def check_export(pm, folder):
@@ -237,7 +237,7 @@ def numbers(run):
 
 
 def check_the_same_numbers_as_the_lesson(pm, folder):
-    """The same flags, bit for bit the same loss and gradient norm at each step."""
+    """With the same flags, loss and gradient norm are the same bit for bit at each step."""
     own = folder / f"same-{pm.dp_size}x{pm.sp_size}"
     flags = ["--dp", pm.dp_size, "--sp", pm.sp_size, "--steps", 10, "--batch", 6, "--accumulation", 2]
     flags += ["--checkpointing", "attention"]
@@ -249,7 +249,7 @@ def check_the_same_numbers_as_the_lesson(pm, folder):
 
 
 def check_checkpoints_are_shared(pm, folder):
-    """What one trainer saved, the other goes on with, exactly, and the other's sampler samples."""
+    """Each trainer continues exactly from what the other saved, and the other's sampler samples it."""
     own = folder / f"shared-{pm.dp_size}x{pm.sp_size}"
     flags = ["--dp", pm.dp_size, "--sp", pm.sp_size, "--batch", 5, "--warmup", 0, "--lr", 1e-2, "--save_every", 2]
 
@@ -382,7 +382,7 @@ def check_a_damaged_checkpoint_is_never_loaded(pm, folder):
 
 
 class HalfUsed(torch.nn.Module):
-    """Of its two layers one is used, or both."""
+    """A model that uses one of its two layers, or both."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the ranks of a layout do with LoRA and with snapshots: equal to one device, and to diffusers' own pipelines."""
+"""Ranks of a layout with LoRA and with snapshots: equal to one device, and to diffusers' own pipelines."""
 
 import os
 import shutil
@@ -187,7 +187,7 @@ def check_ranks_with_other_files(pm, folder):
 
 
 def tiles_of_64_pixels():
-    """What enable_tiling() sets, here at a size where a tiny clip has tiles."""
+    """Set what enable_tiling() sets, at a size where a tiny clip has tiles."""
     from diffusers import AutoencoderKLHunyuanVideo as VAE
 
     whole, sizes_and_strides = VAE.enable_tiling, (64, 64, 16, 48, 48, 12)  # height, width, frames
@@ -245,7 +245,7 @@ def there_and_back(folder, kind, pipe):
 
 
 def check_decoding(pm, folder):
-    """The same frames from any number of ranks, bit for bit those of diffusers' VAE with its tiles, ragged in all axes."""
+    """Any number of ranks gives the same frames, bit for bit those of diffusers' VAE with its tiles, ragged in all axes."""
     if pm.world_size == 1:
         diffusers_vae(folder)
     with tiles_of_64_pixels():

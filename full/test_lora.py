@@ -31,7 +31,7 @@ def sample_as_the_pipeline(model, pipe, noise):
 
 
 def loras_latents(pipe, noise, folder, *files):
-    """The same with LoRA files added to the weights, [(file, strength)]."""
+    """Sample with LoRA files [(file, strength)] added to the weights."""
     model = HunyuanVideo(config_from_diffusers(folder / "transformer" / "config.json"))
     load_weights(model, folder / "transformer")
     for file, strength in files:
@@ -62,14 +62,14 @@ def test_lora_files_of_others(snapshot, tmp_path):
     assert (truth["with_lora"] - truth["without"]).abs().max() > 0.5
     good = load_file(folded)
     key = next(name for name in good if "lora_A" in name)
-    for tensors, told in (
+    for tensors, expected in (
         (good | {"transformer.more.lora_A.weight": torch.ones(1)}, "transformer.more.lora_A.weight belongs to none"),
         ({k: v for k, v in good.items() if k != key}, "has {'B': .*} for .*, which is .* in the model"),
         (good | {key: torch.ones(4, 7)}, "'A': \\[4, 7\\]"),
         (good | {key: good[key] * math.inf}, "not finite"),
     ):
         save_file(tensors, tmp_path / "bad.safetensors")
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=expected):
             ours((tmp_path / "bad.safetensors", 1.0))
 
 

@@ -44,7 +44,7 @@ def plain(layer=LAYER, **more):
 
 
 def update_of(file, strength=1.0, weight=WEIGHT, dtype=torch.float32):
-    """What the file adds to a weight."""
+    """Return what the file adds to a weight."""
     model = random_model(CONFIG, dtype=dtype)
     before = model.get_parameter(weight).detach().clone()
     merge_lora(model, file, strength)

@@ -75,7 +75,7 @@ def video(file, frames, rate=24, codec="libx264rgb", pix="rgb24", setup=None, so
 
 
 def levels(file, args=None, notes=None):
-    """What read_frames gives of flat frames: their numbers."""
+    """Return the numbers of the flat frames that read_frames gives."""
     return [round(np.asarray(frame)[8, 8].mean() / 2) for frame in read_frames(file, args or size(), notes)]
 
 
@@ -163,7 +163,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_files_are_read(name, tmp_path):
-    """Of every muxer, with longer or shorter sound, starting late: none is taken for one that is cut off."""
+    """Files of every muxer, with longer or shorter sound, or starting late: none is taken for one that is cut off."""
     moving = [flat(30, 64, 64) for _ in range(49)]
     for n, frame in enumerate(moving):
         frame[n : n + 12, n : n + 12] = 200
@@ -628,7 +628,7 @@ def test_kinds_of_pictures(mode, seen, tmp_path):
 
 
 def listed(folder):
-    """{path in the folder: its caption, or [its problem]}, and what is not used."""
+    """Return {path in the folder: its caption, or [its problem]}, and the files that are not used."""
     entries, unused = videos_and_captions(folder)
     found = {os.path.relpath(e.file, folder): [e.problem] if e.problem else e.caption for e in entries}
     assert len(found) == len(entries)

@@ -1,4 +1,4 @@
-"""Little memory: the MLP in slices, what a host lacks, and what a GPU that is too small is to be told."""
+"""Little memory: the MLP in slices, a host that is too small, and the cure for a GPU that is too small."""
 
 import os
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ def trained(lora, count, checkpointing, compiled=False):
 @pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
 @pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
 def test_mlps_in_slices(lora, checkpointing):
-    """Of sizes that do not divide: the output, and the gradient of every parameter, as without."""
+    """At sizes that do not divide, the output and the gradient of every parameter are as without slices."""
     truth = trained(lora, 1, "none")
     for compiled in (False, True):
         ours = trained(lora, 5, checkpointing, compiled)
@@ -48,7 +48,7 @@ def test_mlps_in_slices(lora, checkpointing):
 
 
 def test_mlps_in_slices_keep_less():
-    """What autograd holds between forward and backward of a single-stream block."""
+    """Compare what autograd keeps between forward and backward of a single-stream block."""
     kept = []
     for count in (1, 4):
         model, sizes = random_model(CONFIG), {}
@@ -77,7 +77,7 @@ def test_a_host_that_is_too_small():
 
 
 def test_a_limit_is_one_less(monkeypatch):
-    """Of the card that is named; the rest is CUDA's and NCCL's."""
+    """The limit is one GiB below the card that is named; CUDA and NCCL take the rest."""
     seen = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

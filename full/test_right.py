@@ -1,4 +1,4 @@
-"""What goes in is what counts: fingerprints, flags, samples, snapshots of strangers. And what is written plays right."""
+"""Right inputs and right outputs: fingerprints, flags, samples, snapshots of strangers; and files that play right."""
 
 import io
 import json
@@ -395,9 +395,9 @@ def test_odd_samples_held_out_are_named(tmp_path):
     args = parse_train("", [str(flag) for flag in flags])
     _, held = hold_out(Folder(TINY, tmp_path / "data"), args)
     sample(held.files[0], value=math.nan)
-    told = fork("full.train", *flags, "--out", tmp_path / "out", ranks=2, out=tmp_path)
-    assert [code for code, _ in told] == [0, 0], told
-    assert f"{held.files[0]}, held out, has values that are not finite" in told[0][1], told
+    results = fork("full.train", *flags, "--out", tmp_path / "out", ranks=2, out=tmp_path)
+    assert [code for code, _ in results] == [0, 0], results
+    assert f"{held.files[0]}, held out, has values that are not finite" in results[0][1], results
 
 
 def test_another_rope_is_another_model(tmp_path):

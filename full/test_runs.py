@@ -78,8 +78,8 @@ def test_data_folder_and_damaged_checkpoint(tmp_path):
         shape, words = ((3, 2, 4, 6) if n % 3 else (3, 1, 8, 4)), 1 + n % 4
         write_sample(tmp_path / f"data/{n}.safetensors", torch.randn(shape), words)
     flags = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--batch", 2, "--workers", 1]
-    told = fork("full.train", *flags, "--steps", 6, ranks=2, out=tmp_path)
-    assert [code for code, _ in told] == [0, 0] and len(losses(tmp_path / "out")) == 6, told
+    results = fork("full.train", *flags, "--steps", 6, ranks=2, out=tmp_path)
+    assert [code for code, _ in results] == [0, 0] and len(losses(tmp_path / "out")) == 6, results
     file = next((tmp_path / "out" / "step-6").glob("*.safetensors"))
     file.write_bytes(flip(file.read_bytes(), -100))
     ((code, printed),) = fork("full.train", *flags, "--steps", 8, "--resume", out=tmp_path)
@@ -118,7 +118,7 @@ def start(folder, *flags, ranks=2, script=("-m", "full.train"), agent=()):
 
 
 def numbers_of(run):
-    """What each step gave; steps that were taken again after a restart stand in the log twice, and must be the same."""
+    """Return what each step gave; steps that a restart repeated stand in the log twice, and must be the same."""
     return sorted({(entry["step"], entry["loss"], entry["grad_norm"]) for entry in losses(run)})
 
 
@@ -147,7 +147,7 @@ def test_kill_a_random_rank_and_go_on(tmp_path, kills=1):
 
 
 def test_kill_inside_a_save(tmp_path, kills=2):
-    """What was saved before stays, what is called step-N is whole, and the next run goes on from it."""
+    """Earlier checkpoints stay, every step-N is complete, and the next run continues from it."""
     run, draw, newest, inside, tries = tmp_path / "run", random.Random(1), 0, 0, 0
 
     def step_of(path):
@@ -176,7 +176,7 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path):
     """Signals reach whole process groups, and the processes that load data with them."""
     agent, run = start(tmp_path, *SMALL, "--steps", 5000, "--batch", 2, "--workers", 1), tmp_path / "run"
     wait_for(lambda: steps_done(run) > 3)
-    os.killpg(workers_of(agent)[1], signal.SIGUSR1)  # one rank is told, all save
+    os.killpg(workers_of(agent)[1], signal.SIGUSR1)  # one rank gets the signal, all save
     wait_for(lambda: list(run.glob("step-*/manifest.json")))
     after = steps_done(run)
     wait_for(lambda: steps_done(run) > after)
@@ -260,8 +260,8 @@ def test_no_screen_and_odd_side_files_end_nothing(tmp_path):
     flags = f"-m full.train --device cpu --batch 2 --save_every 2 --out {run}"
     piped = f"{sys.executable} {flags} --steps 4 --resume auto | head -c 9"
     environment = os.environ | dict(PYTHONIOENCODING="ascii")
-    told = subprocess.run(piped, shell=True, cwd=HERE, env=environment, timeout=300, capture_output=True)
-    assert told.returncode == 0 and [entry["step"] for entry in losses(run)] == [1, 2, 3, 4], told
+    results = subprocess.run(piped, shell=True, cwd=HERE, env=environment, timeout=300, capture_output=True)
+    assert results.returncode == 0 and [entry["step"] for entry in losses(run)] == [1, 2, 3, 4], results
     with open(run / "log.jsonl", "ab") as log:
         log.write(odd)
     (run / "run.json").write_text("[" * 5000)
@@ -334,16 +334,16 @@ def test_a_mistake_is_not_tried_again(tmp_path):
     assert 1 <= printed.count("error: no preset '14b'") <= 2 and "torchrun is stopped" in printed, printed
 
 
-@pytest.mark.parametrize("error, told", [
+@pytest.mark.parametrize("error, expected", [
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"), "loading data: .*--shm-size=8g"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to write to file </torch_7_8>"), "--shm-size=8g"),
     (OSError(28, "No space left on device"), "(out|/dev/shm): .*No space left on device"),
     (KeyboardInterrupt(), "^stopped from the keyboard$"),
     (KeyError("a"), r"^KeyError: 'a' \(--debug shows where\)$"),
 ])  # fmt: skip
-def test_what_ends_a_program_is_told_in_one_sentence(error, told):
+def test_whatever_ends_a_program_gives_one_sentence(error, expected):
     sentence, lost = faults.explain(error, "out")
-    assert re.search(told, sentence) and "\n" not in sentence and not lost
+    assert re.search(expected, sentence) and "\n" not in sentence and not lost
 
 
 FAULTS = """
@@ -371,19 +371,19 @@ faults.run(partial(full.train.train, args), args.out)
 """
 
 
-@pytest.mark.parametrize("fault, told", [
+@pytest.mark.parametrize("fault, expected", [
     ("raises", "rank 1 has had enough"),
     ("dies", r"(rank 1 does not answer|exitcode +: -9)"),
     ("hangs", "rank 1 does not answer"),
 ])  # fmt: skip
-def test_a_fault_ends_the_job_and_names_the_rank(fault, told, tmp_path):
+def test_a_fault_ends_the_job_and_names_the_rank(fault, expected, tmp_path):
     """Not after 1,000 seconds, when the one that hangs would wake up."""
     (tmp_path / "faulty.py").write_text(FAULTS)
     patience, script = ["--timeout", 600 if fault in ("raises", "dies") else 15], [tmp_path / "faulty.py"]
     agent = start(tmp_path, *SMALL, "--steps", 100, "--batch", 4, *patience, fault, script=script)
     assert agent.wait(timeout=400) != 0
     printed = (tmp_path / "printed").read_text()
-    assert re.search(told, printed), printed
+    assert re.search(expected, printed), printed
     assert steps_done(tmp_path / "run") == 3
 
 

@@ -1,4 +1,4 @@
-"""What the user sees: profiles, the figures of a run, clips at validations."""
+"""Everything that the user sees: profiles, the figures of a run, clips at validations."""
 
 import gzip
 import io
@@ -36,18 +36,18 @@ def test_profile_names_what_is_in_it(tmp_path):
         assert waits and not [e for e in waits if any(start <= e["ts"] <= end for start, end in blocks)]
 
 
-@pytest.mark.parametrize("seconds, told", [
+@pytest.mark.parametrize("seconds, expected", [
     ((100.0, 50.0, 2.0, 4.0, 3.0, 90.0), dict(s_per_step=3.0, timed_steps=3)),
     ((100.0, 50.0, 90.0), dict(s_per_step=50.0, timed_steps=0)),
     ((100.0,), dict(s_per_step=100.0, timed_steps=0)),
 ])  # fmt: skip
-def test_the_median_step_of_a_benchmark(seconds, told):
+def test_the_median_step_of_a_benchmark(seconds, expected):
     """Neither the first two, which compile and whose backward is of zeros, nor the last one, under the profiler."""
     pm = SimpleNamespace(device=torch.device("cpu"), world_size=2)
     clock = Clock(pm, len(seconds))
     clock.seconds, clock.work, clock.profiler = [*seconds], [(12, 6e12)] * len(seconds), True
-    report, s = clock.report(), told["s_per_step"]
-    wanted = told | dict(tokens_per_s=round(12 / s), tflops_per_rank=round(3 / s, 4))
+    report, s = clock.report(), expected["s_per_step"]
+    wanted = expected | dict(tokens_per_s=round(12 / s), tflops_per_rank=round(3 / s, 4))
     assert {key: report[key] for key in wanted} == wanted
 
 
@@ -99,10 +99,10 @@ def test_a_clip_at_each_validation(tmp_path):
     """It is what full.infer makes of the checkpoint: of the average, where there is one."""
     flags = "--blocks 1,1 --steps 2 --warmup 0 --lr 1e-2 --batch 4 --ema 0.5 --validate_every 1 --validate 0.01".split()
     prompt, out, clip = "a red square moves left", tmp_path / "out", tmp_path / "clip"
-    told = fork("full.train", *flags, "--sample_prompt", prompt, "--out", out, ranks=2, out=tmp_path)
-    assert [code for code, _ in told] == [0, 0], told
-    told = fork("full.infer", "--checkpoint", out, "--prompt", prompt, "--output", clip, out=tmp_path)
-    assert [code for code, _ in told] == [0], told
+    results = fork("full.train", *flags, "--sample_prompt", prompt, "--out", out, ranks=2, out=tmp_path)
+    assert [code for code, _ in results] == [0, 0], results
+    results = fork("full.infer", "--checkpoint", out, "--prompt", prompt, "--output", clip, out=tmp_path)
+    assert [code for code, _ in results] == [0], results
     first, last, clip = (
         load_file(f"{name}.safetensors")["latents"] for name in (out / "sample-1", out / "sample-2", clip)
     )

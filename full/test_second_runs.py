@@ -77,9 +77,9 @@ def test_a_clip_is_its_prompts_and_its_seeds(tmp_path):
     flags = ["--checkpoint", tmp_path / "run", "--steps", 2]
 
     def sample(output, *more, ranks=1, code=0):
-        told = fork("full.infer", *flags, *more, "--output", f"{tmp_path}/{output}", ranks=ranks, out=tmp_path)
-        assert [ended for ended, _ in told] == [code] * ranks, told
-        return told[0][1]
+        results = fork("full.infer", *flags, *more, "--output", f"{tmp_path}/{output}", ranks=ranks, out=tmp_path)
+        assert [ended for ended, _ in results] == [code] * ranks, results
+        return results[0][1]
 
     sample("one", "--prompt", "a red square moves up", "--seed", 1)
     alone = load_file(tmp_path / "one.safetensors")["latents"]
@@ -236,12 +236,14 @@ def test_a_stop_in_a_step_that_validates(tmp_path):
 def test_a_longer_resume_says_that_the_rate_jumps(tmp_path):
     flags = "--blocks 1,1 --batch 2 --warmup 1 --lr 1e-3".split() + ["--out", tmp_path / "run"]
     assert fork("full.train", *flags, "--steps", 5, out=tmp_path)[0][0] == 0
-    told = fork("full.train", *flags, "--steps", 10, "--resume", ranks=4, out=tmp_path)
-    assert [code for code, _ in told] == [0] * 4, told
+    results = fork("full.train", *flags, "--steps", 10, "--resume", ranks=4, out=tmp_path)
+    assert [code for code, _ in results] == [0] * 4, results
     rates = [entry["lr"] for entry in losses(tmp_path / "run")]
-    assert f"--steps 10 (was 5): the learning rate goes from {rates[4]:.2e} to {rates[5]:.2e}" in told[0][1]
+    assert f"--steps 10 (was 5): the learning rate goes from {rates[4]:.2e} to {rates[5]:.2e}" in results[0][1]
     assert rates[5] > 2 * rates[4]
-    assert "--batch 2 over dp 4 x accumulation 1: 2 of 4 places a step repeat samples, and do not count" in told[0][1]
+    assert (
+        "--batch 2 over dp 4 x accumulation 1: 2 of 4 places a step repeat samples, and do not count" in results[0][1]
+    )
 
 
 @pytest.mark.parametrize("flags, channels, command", [

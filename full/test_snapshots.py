@@ -24,7 +24,7 @@ from test_sp import close, draws, equal, fork, load_checkpoint, losses, start_fo
 
 
 def test_prompts_to_videos(snapshot, tmp_path):
-    """As a user types it: a file of prompts in, a folder of clips out; what is there is not made again; what can't be is told."""
+    """As a user types it: a file of prompts in, a folder of clips out; clips that exist are skipped; bad input is refused."""
     clips = tmp_path / "clips"
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\na cat {}\n")
     flags = [*SIZE, "--model", snapshot, "--prompts", tmp_path / "prompts.txt", "--sp", 1, "--output", f"{clips}/"]
@@ -50,19 +50,19 @@ def test_prompts_to_videos(snapshot, tmp_path):
     assert re.search(r"'grass grass .*'\.\. has \d+ tokens: what follows the first 256 is cut off", printed), printed
     close(load_file(clips / "a-dog-0.safetensors")["latents"], before["latents"], 1e-5)
     bad_snapshots(snapshot, tmp_path)
-    for line, told in BAD_SNAPSHOTS:
+    for line, expected in BAD_SNAPSHOTS:
         line = line.format(good=snapshot, tmp=tmp_path).split()
         line = ["--prompt", "a cat", "--output", f"{tmp_path}/never", *SIZE, *line]
         try:
             with mock.patch.object(full.infer.faults, "init", lambda *_: 1 / 0):
                 full.infer.infer(full.infer.parse(line))
         except ValueError as error:  # before the ranks meet
-            assert re.search(told, str(error)), (line, error)
+            assert re.search(expected, str(error)), (line, error)
             continue
         except ZeroDivisionError:
             ((code, printed),) = fork("full.infer", *line, out=tmp_path)
         lines = [x for x in printed.splitlines() if not x.startswith(("clip ", "encoding ", "loading "))]
-        assert code == 1 and len(lines) == 1 and re.match(f"error: .*{told}", lines[0]), (line, printed)
+        assert code == 1 and len(lines) == 1 and re.match(f"error: .*{expected}", lines[0]), (line, printed)
     assert not [*tmp_path.glob("never*")] and not [*clips.glob(".*.part")]
 
 
@@ -153,9 +153,9 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
         process.kill()
         process.join()
     finished = {file: file.read_bytes() for file in out.glob("*.*.safetensors")}
-    told = fork("full.encode", *flags, ranks=2, out=tmp_path)
-    assert [code for code, _ in told] == [0, 0], told
-    printed = told[0][1]
+    results = fork("full.encode", *flags, ranks=2, out=tmp_path)
+    assert [code for code, _ in results] == [0, 0], results
+    printed = results[0][1]
     counts = re.search(r"wrote (\d) samples to .*, (\d) were there, (\d) skipped", printed).groups()
     assert counts == (str(5 - len(finished)), str(len(finished)), "2") and finished, printed
     assert "in place of" not in printed
@@ -214,8 +214,8 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
         f"--model {snapshot} --data {out} --lora 2 --steps 3 --batch 2 --lr 1e-2 --caption_drop 0.5 --workers 0".split()
     )
     run += [*"--validate_every 1 --validate 0.2 --sample_prompt".split(), "a cat", "--out", tmp_path / "cat"]
-    told = fork("full.train", *run, ranks=2, out=tmp_path)
-    assert [code for code, _ in told] == [0, 0], told
+    results = fork("full.train", *run, ranks=2, out=tmp_path)
+    assert [code for code, _ in results] == [0, 0], results
     os.umask(umask := os.umask(0))
     assert (tmp_path / "cat/lora.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
     entries = losses(tmp_path / "cat")
@@ -262,9 +262,9 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
 
 def run(folder, program, *flags, ranks=1, code=0):
     """Run a program to the end that it should come to; what rank 0 printed."""
-    told = fork(program, *flags, ranks=ranks, out=folder)
-    assert [ended for ended, _ in told] == [code] * ranks, told
-    return told[0][1]
+    results = fork(program, *flags, ranks=ranks, out=folder)
+    assert [ended for ended, _ in results] == [code] * ranks, results
+    return results[0][1]
 
 
 def clip_of(folder, name, *flags):

@@ -48,10 +48,10 @@ def test_weights_that_do_not_fit(tmp_path):
     model, good = HunyuanVideo(GOLDEN), load_file(GOLD / "weights_tencent.safetensors")
     before, name = [p.clone() for p in model.parameters()], "single_blocks.1.linear1.weight"
 
-    def refused(source, *told):
+    def refused(source, *expected):
         with pytest.raises((ValueError, FileNotFoundError)) as error:
             load_weights(model, source)
-        assert all(t in str(error.value) for t in told), error.value
+        assert all(t in str(error.value) for t in expected), error.value
         assert equal(model.parameters(), before), "something was loaded"
 
     refused({k: v for k, v in good.items() if k != name}, "1 missing", name)
@@ -78,15 +78,15 @@ def test_weights_that_do_not_fit(tmp_path):
 
 
 def test_weights_mean_what_their_file_says(tmp_path):
-    """What lies outside a tensor counts: scales, an index, a second file. Refused before anything is assigned, by its name."""
+    """Facts outside a tensor count: scales, an index, a second file. Refused before anything is assigned, by its name."""
     source, model = golden_model(torch.float32), HunyuanVideo(GOLDEN)
     good, name = dict(source.state_dict()), "single_blocks.1.linear1.weight"
     before = [p.clone() for p in model.parameters()]
 
-    def refused(source, *told):
+    def refused(source, *expected):
         with pytest.raises(ValueError) as error:
             load_weights(model, source)
-        assert all(t in str(error.value) for t in told), error.value
+        assert all(t in str(error.value) for t in expected), error.value
         assert equal(model.parameters(), before), "something was loaded"
 
     def folder(label, index=None, **files):
@@ -151,7 +151,7 @@ class Odd(torch.Tensor):
 
 
 def test_an_export_is_read_here_and_by_diffusers(tmp_path):
-    """Of several files and of one, and nothing of the export before stays beside it."""
+    """An export is of several files or of one, and nothing of an earlier export stays next to it."""
     import diffusers
 
     source, index = golden_model(torch.float32), "diffusion_pytorch_model.safetensors.index.json"
@@ -281,8 +281,11 @@ def test_fa4_is_attention(checkpointing, runs, monkeypatch):
     for ours, true in zip(grads, torch.autograd.grad(truth.square().sum(), [*model.parameters()])):
         close(ours, true)
 
-    for major, minor, told in ((8, 6, "capability 9 or 10, this one has 8.6"), (0, 0, "9 or 10, there is none here")):
-        with gpu(major, minor), pytest.raises(ValueError, match=told):
+    for major, minor, expected in (
+        (8, 6, "capability 9 or 10, this one has 8.6"),
+        (0, 0, "9 or 10, there is none here"),
+    ):
+        with gpu(major, minor), pytest.raises(ValueError, match=expected):
             attention_kernel("fa4")
     with pytest.raises(ValueError, match="'fa5' is none of sdpa, fa4"):
         attention_kernel("fa5")
