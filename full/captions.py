@@ -102,7 +102,7 @@ def caption_of(file, lines):
         several = ", ".join(f"{json.dumps(caption)[:60]} in {where}" for where, caption in found)
         raise ValueError(f"it has {len(found)} captions: {several}")
     if not isinstance(caption, str) or re.search("[\ud800-\udfff]", caption):  # half a surrogate pair
-        raise ValueError(f"its caption in {where} is {json.dumps(caption)[:60]}, not a text")
+        raise ValueError(f"its caption in {where} is {json.dumps(caption)[:60]}, which is not text")
     return caption
 
 
@@ -114,5 +114,5 @@ def sample_name(path):
     name = re.sub("%(?=(25)*2[EF])", "%25", path).replace(os.sep, "%2F")
     name = re.sub(r"^\.", "%2E", name)  # a hidden sample would not be trained on
     if len(name.encode()) > 220 or f"{name}.safetensors" == Folder.EMPTY:
-        raise ValueError("it can't give its name to its sample: rename it")
+        raise ValueError("its name can't become its sample's name: rename it")
     return name

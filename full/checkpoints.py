@@ -59,7 +59,7 @@ class Checkpoints:
             until = time.monotonic() + 10
             while not file.is_file() or file.read_text().strip() != owner:
                 if time.monotonic() > until:
-                    raise ValueError(f"{file} of rank 0 is not there: all ranks must see the same {self.folder}")
+                    raise ValueError(f"rank 0's {file} is not visible here: all ranks must see the same {self.folder}")
                 time.sleep(0.1)
 
         # rank 0 must not look: a process loses its POSIX lock when it closes the file, even if it has it open twice
@@ -155,7 +155,7 @@ class Checkpoints:
                 if manager.is_main:
                     print(printable(f"skipping {path}: {problem}"), file=sys.stderr, flush=True)
         if problems:
-            raise FileNotFoundError(f"no whole checkpoint in {self.folder}: {problems[0]}")
+            raise FileNotFoundError(f"no undamaged checkpoint in {self.folder}: {problems[0]}")
         raise FileNotFoundError(f"no checkpoint in {self.folder}: there is no step-N folder in it")
 
     def load(self, path, model=None, optimizer=None, more=None):
@@ -250,7 +250,7 @@ def read_manifest(folder):
             return dict(tag="", files={}) | manifest
         text = json.dumps({k: v for k, v in manifest.items() if k != "crc32"}, sort_keys=True)
         if zlib.crc32(text.encode()) != manifest["crc32"] or not manifest["files"]:
-            raise ValueError("its crc32 is another")
+            raise ValueError("its crc32 differs")
     except (ValueError, KeyError) as error:
         raise ValueError(f"manifest.json is not what was saved: {sentence_of(error)}") from None
     if foreign := sorted({path.name for path in Path(folder).glob("*.safetensors")} - set(manifest["files"])):
@@ -267,4 +267,4 @@ def check_files(folder, saved):
         if file.stat().st_size != size:
             raise ValueError(f"{name} has {file.stat().st_size} bytes, {size} were saved")
         if checksum(file) != [size, crc]:
-            raise ValueError(f"{name} has another crc32 than was saved")
+            raise ValueError(f"{name} has a crc32 that differs from the saved one")

@@ -36,10 +36,14 @@ def parse(argv=None):
     flag("--prompts", help="a text file with one prompt a line, in place of --videos")
     flag("--image", help="with --prompts, for image-to-video snapshots: the first frame, which their text encoder sees")
     flag("--output", required=True, help="folder to write")
-    flag("--no_buckets", action="store_true", help="all of --height and --width, not of the shape nearest to their own")
-    flag("--height", type=int, default=720, help="of the samples (default 720)")
-    flag("--width", type=int, default=1280, help="of the samples (default 1280)")
-    flag("--frames", type=int, default=129, help="of the samples, 4k + 1 at most (default 129)")
+    flag(
+        "--no_buckets",
+        action="store_true",
+        help="crop every sample to --height x --width, not to the nearest shape of that area",
+    )
+    flag("--height", type=int, default=720, help="height of the samples (default 720)")
+    flag("--width", type=int, default=1280, help="width of the samples (default 1280)")
+    flag("--frames", type=int, default=129, help="frames of a sample at most, 4k + 1 (default 129)")
     return parse_flags(parser, argv)
 
 
@@ -111,10 +115,10 @@ def report(entries, unused, results, args):
     made, replaced, there = (outcomes.count(kind) for kind in ("made", "replaced", "there"))
     older = f", {replaced} in place of older ones" * (replaced > 0)
     skipped = len(results) - made - replaced - there
-    say(f"wrote {made + replaced} samples to {out}{older}, {there} were there, {skipped} skipped")
+    say(f"wrote {made + replaced} samples to {out}{older}, {there} existed already, {skipped} skipped")
     sources = {Folder.EMPTY, *(f"{entry.name}.safetensors" for entry in entries)}
     stale = [file for file in visible(out, "*.safetensors") if file.name not in sources]
-    said = {f"not in {args.videos} any more, but trained on if left": stale, "not used": unused}
+    said = {f"not in {args.videos} any more, but training uses them until you delete them": stale, "not used": unused}
     for entry, (_, notes) in zip(entries, results):
         for note in notes:
             said.setdefault(note, []).append(entry.file)
@@ -154,7 +158,7 @@ def encode_one(entry, size, encoders, vae, made_by, args):
                 return "there", json.loads(handle.metadata().get("notes", "[]"))
         frames = read_frames(entry.file, args, notes)
         if kind == "token_replace" and len(frames) == 1:
-            raise ValueError("it is one frame, which a token_replace model is given: it learns those after it")
+            raise ValueError("it is one frame, which a token_replace model is given, and learns those after it")
         notes |= set() if entry.caption.strip() else {"with an empty caption"}
         first = frames[0] if kind else None
         sample = dict(latents=encode_frames(vae, frames)[0])
@@ -165,7 +169,7 @@ def encode_one(entry, size, encoders, vae, made_by, args):
         if not all(x.isfinite().all() for x in sample.values()):
             raise ValueError("its latents or text are not finite")
     except (ValueError, OSError) as error:
-        return f"skipping {entry.file}: {error}{f' ({target}, made before, stays)' * older}", []
+        return f"skipping {entry.file}: {error}{f' ({target}, made before, is kept)' * older}", []
     header = dict(made_by=json.dumps(made_by, sort_keys=True), notes=json.dumps(sorted(notes)))
     save_tensors(target, sample, **header)
     return ("replaced" if older else "made"), sorted(notes)

@@ -26,7 +26,7 @@ def parse(argv=None):
     flag = own.add_argument
     flag("--checkpoint", help="the --out folder of training (default: out, without --model, --weights and --config)")
     flag("--lora", action="append", help="FILE[:STRENGTH] to add to the weights; may be given several times")
-    flag("--naming", choices=NAMINGS, default="original", help="of the names in the files")
+    flag("--naming", choices=NAMINGS, default="original", help="naming of the tensors in the files")
     flag("--output", required=True, help="folder to write")
     flag("--shard", action="store_true", help="FSDP2, for weights that do not fit one GPU")
     return parse_flags(parser, argv)

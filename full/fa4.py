@@ -54,7 +54,7 @@ def attention_kernel(name):
     if name == "sdpa":
         return sdpa
     if name != "fa4":
-        raise ValueError(f"attention {name!r} is none of sdpa, fa4")
+        raise ValueError(f"attention {name!r} is neither sdpa nor fa4")
     warnings.filterwarnings("ignore", module="cutlass|flash_attn|quack|tvm_ffi")  # its compiler has many
     try:
         import flash_attn.cute.interface  # noqa: F401

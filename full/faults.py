@@ -136,7 +136,7 @@ def run(main, folder, debug=False, cure=None):
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
         if restarts and isinstance(error, ValueError | FileNotFoundError):
             # by the first rank that ends; a later one would be too late
-            why = f"another try would end the same: torchrun is stopped, with --max-restarts {restarts}"
+            why = f"another try would end in the same way, so torchrun is stopped, with --max-restarts {restarts}"
             print(why, file=sys.stderr)
             os.kill(os.getppid(), signal.SIGTERM)
         os._exit(1)  # a normal exit could wait for ranks that never answer
@@ -180,7 +180,7 @@ def about_gpu(error, cure):
     asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
     limit = re.search(r"([\d.]+ \w+) allowed", str(error)) or re.search(r"total capacity of ([\d.]+ \w+)", str(error))
     numbers = f"{asked[1]} more" if asked else "more"
-    return f"the GPU's memory{f' of {limit[1]}' * bool(limit)} is too small: it takes {numbers}{'; less with ' + cure() if cure else ''}"
+    return f"the GPU's memory{f' of {limit[1]}' * bool(limit)} is too small: it needs {numbers}{'; less with ' + cure() if cure else ''}"
 
 
 def to_launcher(sentence):

@@ -63,7 +63,7 @@ def add_machine_flags(parser):
     """Add the flags that every program has."""
     flag = parser.add_argument
     flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
-    flag("--timeout", type=float, default=600, help="seconds until a rank that does not answer ends the job")
+    flag("--timeout", type=float, default=600, help="seconds after which a rank that does not answer ends the job")
     flag("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -84,10 +84,14 @@ def add_speed_flags(parser):
     flag(
         "--memory",
         type=float,
-        help="GiB of a GPU to get by with, e.g. 24 on a larger one; one is left to CUDA and NCCL",
+        help="use no more than a GPU of this many GiB has, e.g. 24 on a larger one; 1 GiB is left to CUDA and NCCL",
     )
-    flag("--mlp_slices", type=int, default=1, help="slices of the tokens in which blocks work on their MLPs")
-    flag("--profile", action="store_true", help="Chrome traces of the last step, trace-RANK.json.gz, by the output")
+    flag("--mlp_slices", type=int, default=1, help="compute each block's MLP in this many slices of the tokens")
+    flag(
+        "--profile",
+        action="store_true",
+        help="write Chrome traces of the last step, trace-RANK.json.gz, next to the output",
+    )
 
 
 # FLAG-OTHER or FLAG-OTHER|ANOTHER: with FLAG, one of the others must be given too
@@ -126,7 +130,7 @@ def check_used(args, config, sized):
     for name in unused:
         if name in args.given:
             kind = "embeds no guidance scale" if name == "guidance" else "makes clips of one size"
-            raise ValueError(f"--{name} is of no use: this model {kind}")
+            raise ValueError(f"--{name} has no effect: this model {kind}")
 
 
 def check_range(args, names, low, high=math.inf):
@@ -193,26 +197,44 @@ def parse_train(doc, argv=None, more=None):
     flag("--batch", type=int, help="global batch: samples a step over all ranks (default 16; 13b: dp x accumulation)")
     flag("--lr", type=float, help="peak, then a cosine to a tenth (default 2e-3; 13b, --model: 1e-5; --lora: 1e-4)")
     flag("--shift", type=float, help="flow shift of the noise levels (default 4; 13b: 7; --model: its scheduler's)")
-    flag("--checkpointing", choices=CHECKPOINTING, help="of activations (default: none for tiny, attention else)")
+    flag(
+        "--checkpointing",
+        choices=CHECKPOINTING,
+        help="checkpointing of activations (default: none for tiny, else attention)",
+    )
     flag("--lora", type=int, help="train a LoRA of this rank, the weights frozen; written to --out/lora.safetensors")
-    flag("--init_lora", help="a LoRA file of the same rank to start from, e.g. to go on with new data")
+    flag("--init_lora", help="a LoRA file of the same rank to start from, e.g. to continue with new data")
     flag("--lora_alpha", type=float, help="its update is alpha / rank times B A (default: the rank)")
-    flag("--ema", type=float, default=0.0, help="use an average over some 1 / (1 - this) steps (default 0: none)")
-    flag("--validate_every", type=int, default=0, help="steps between losses on samples held out (default 0: none)")
-    flag("--validate", type=float, help="share of the samples that is held out then, at least one (default 0.05)")
-    flag("--sample_prompt", help="a clip of it at each validation, from the same noise: --out/sample-STEP.mp4 or .gif")
-    flag("--offload", action="append", choices=("weights", "activations"), help="to the host's memory; or twice, both")
-    flag("--keep", type=int, default=3, help="checkpoints of this run that stay (0: all)")
+    flag("--ema", type=float, default=0.0, help="use an average over about 1 / (1 - EMA) steps (default 0: none)")
+    flag(
+        "--validate_every", type=int, default=0, help="steps between validations on held-out samples (default 0: none)"
+    )
+    flag("--validate", type=float, help="share of the samples to hold out, at least one sample (default 0.05)")
+    flag(
+        "--sample_prompt",
+        help="sample this prompt at each validation, from the same noise: --out/sample-STEP.mp4 or .gif",
+    )
+    flag(
+        "--offload",
+        action="append",
+        choices=("weights", "activations"),
+        help="keep them in the host's memory; may be given twice",
+    )
+    flag("--keep", type=int, default=3, help="checkpoints of this run to keep (0: all)")
     resume = dict(nargs="?", const="yes", choices=("yes", "auto"))
-    flag("--resume", **resume, help="go on from the newest checkpoint in --out, on any layout; auto: or start anew")
+    flag(
+        "--resume",
+        **resume,
+        help="continue from the newest checkpoint in --out, on any layout; auto: start anew if there is none",
+    )
     flag(
         "--overwrite", action="store_true", help="start anew in an --out that has an earlier run, and replace its files"
     )
-    flag("--tensorboard", action="store_true", help="the figures of log.jsonl for TensorBoard too, if it is installed")
-    flag("--deterministic", action="store_true", help="the same again bit for bit, on GPUs too")
+    flag("--tensorboard", action="store_true", help="write the figures of log.jsonl for TensorBoard too")
+    flag("--deterministic", action="store_true", help="make runs repeat bit for bit, on GPUs too")
     if more:
         more(own)
-    flag("--workers", type=int, help="processes that load data, for each rank (default: none for tiny, one else)")
+    flag("--workers", type=int, help="processes per rank that load data (default: none for tiny, else one)")
     args = parse_flags(parser, argv)
     args.offload = args.offload or []
     args.config = args.config or (None if args.model else "tiny")

@@ -63,7 +63,7 @@ class Folder:
                     raise ValueError
             except (ValueError, TypeError, AttributeError, RecursionError):
                 raise ValueError(
-                    f"{file} has a header that full.encode has not written: made_by {made_by[:40]!r}"
+                    f"{file} has a header that full.encode did not write: made_by {made_by[:40]!r}"
                 ) from None
             self.origins.setdefault(json.dumps(facts, sort_keys=True), file)
             if facts.get("kind") != config.image_condition_type:
@@ -86,7 +86,7 @@ class Folder:
                 wanted = f"an image-to-video model needs image [{channels}, 1, h, w], empty_text and empty_pooled too"
                 raise ValueError(f"{file} holds {shapes}: {wanted}, as full.encode writes them")
         if config.image_condition_type == "token_replace" and latents[1] == 1:
-            raise ValueError(f"{file} is one frame, which a token_replace model is given: it learns those after it")
+            raise ValueError(f"{file} is one frame, which a token_replace model is given, and learns those after it")
         return tuple(latents)
 
     def __len__(self):

@@ -42,7 +42,7 @@ def find_model(args, parts):
         raise ValueError(f"--model {args.named}: {both} ({reason})") from None
     if missing := missing_files(Path(args.model), parts):
         cure = f"go online, or: hf download {name}{f' --revision {revision}' if revision else ''}"
-        raise ValueError(f"--model {args.named}: its copy in the cache is not whole, {missing[0]} is missing: {cure}")
+        raise ValueError(f"--model {args.named}: its copy in the cache is incomplete, {missing[0]} is missing: {cure}")
 
 
 def missing_files(folder, parts):

@@ -54,24 +54,29 @@ def parse(argv=None):
     groups = dict(sampling=infer_min.add_flags, model=add_model_flags, speed=add_speed_flags, machine=add_machine_flags)
     parser, own = parser_of(__doc__, **groups)
     flag = own.add_argument
-    flag("--prompt", action="append", help="what to show; may be given several times")
+    flag("--prompt", action="append", help="a prompt; may be given several times")
     flag("--prompts", help="a text file with one prompt a line")
     flag("--negative_prompt", default="", help="what to steer away from, if --cfg is over 1")
     flag("--image", help="the first frame, for image-to-video snapshots")
     flag("--negative_embeds", help="the file of --embeds for the negative prompt")
     flag("--checkpoint", help="the --out folder of training (default: out, without --model, --weights and --config)")
     flag("--lora", action="append", help="FILE[:STRENGTH] to add to the weights; may be given several times")
-    flag("--offload", action="append", choices=("weights", "encoders"), help="to the host's memory; or twice, both")
+    flag(
+        "--offload",
+        action="append",
+        choices=("weights", "encoders"),
+        help="keep them in the host's memory; may be given twice",
+    )
     flag("--attention", default="auto", help="auto: fa4 on Hopper with the extra [fast], else sdpa; or one of the two")
     flag("--sp", "--sequence_parallel_size", type=int, help="ranks that share a clip (default: all)")
-    flag("--dp", "--data_parallel_size", type=int, help="groups that sample other prompts (default: world size / sp)")
+    flag("--dp", "--data_parallel_size", type=int, help="groups that share out the prompts (default: world size / sp)")
     flag("--shard", action="store_true", help="FSDP2, for weights that do not fit one GPU")
     flag("--steps", type=int, default=20, help="Euler steps (default 20; --model: 50)")
     flag("--shift", type=float, help="flow shift (default 4; 13b: 7; --model: its scheduler's)")
     flag("--cfg", type=float, default=1.0, help="true classifier-free guidance scale, two passes in one batch")
-    flag("--clips", type=int, default=1, help="of each prompt, from the seeds --seed, --seed + 1, ..")
-    flag("--output", default="clip", help="name of the files written, without ending; with a / at its end a folder")
-    flag("--overwrite", action="store_true", help="replace clips that are there and were made by other flags")
+    flag("--clips", type=int, default=1, help="clips of each prompt, with the seeds --seed, --seed + 1, ..")
+    flag("--output", default="clip", help="name of the files to write, without ending; a folder if it ends with /")
+    flag("--overwrite", action="store_true", help="replace clips that other flags have made")
     args = parse_flags(parser, argv)
     if args.model:  # the release's own defaults
         parser.set_defaults(steps=50, height=720, width=1280, frames=129)
@@ -156,11 +161,9 @@ class Job:
         if taken:
             names = ", ".join(taken[:3]) + ", .." * (len(taken) > 3)
             ways = "--overwrite replaces them, another --output keeps them"
-            raise ValueError(
-                f"{len(taken)} of {len(clips)} clips are there already, made by other flags ({names}): {ways}"
-            )
+            raise ValueError(f"{len(taken)} of {len(clips)} clips exist already, made by other flags ({names}): {ways}")
         if self.pm.is_main and len(todo) < len(clips):
-            say(f"{len(clips) - len(todo)} of {len(clips)} clips are there already, made by these flags")
+            say(f"{len(clips) - len(todo)} of {len(clips)} clips exist already, made by these flags")
         return todo
 
     def encode(self):
@@ -192,7 +195,7 @@ def check_args(args):
     if args.attention != "auto":
         attention_kernel(args.attention)
     if not args.output.endswith("/") and not Path(args.output).name:
-        raise ValueError(f"--output {args.output!r} is no name: end a folder's with /")
+        raise ValueError(f"--output {args.output!r} is not a name: end a folder with /")
     find_model(args, PARTS + (ENCODERS + ["image_processor"]) * (not args.embeds))
     snapshot = Snapshot(args.model, encoders=not args.embeds) if args.model is not None else None
     config = resolve(args)

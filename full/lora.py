@@ -121,7 +121,7 @@ def lora_files(flags):
         if not Path(file).is_file():
             raise ValueError(f"--lora {flag} is not FILE or FILE:STRENGTH: there is no file {file}")
         if not math.isfinite(strength):
-            raise ValueError(f"--lora {flag} is not FILE or FILE:STRENGTH: {strength} is no strength")
+            raise ValueError(f"--lora {flag} is not FILE or FILE:STRENGTH: {strength} is not a strength")
         given.append((file, strength))
     return given
 

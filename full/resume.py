@@ -45,7 +45,7 @@ def find_start(checkpoints, out, resume=None, overwrite=False):
         if name or resume:
             path, state = checkpoints.find(name)
     except FileNotFoundError as error:  # no error if there is nothing to continue from
-        if "no whole checkpoint" in str(error) or not name and resume != "auto":
+        if "no undamaged checkpoint" in str(error) or not name and resume != "auto":
             raise
     on_main(lambda: replace_file(file, json.dumps(dict(run=state["tag"], launch=launch))))
     return path, state
@@ -55,7 +55,7 @@ def check_unused(out):
     """Raise ValueError if an earlier run has left files that a new one would replace."""
     made = [path.name for path, _ in manifests(out)] + ["lora.safetensors"] * (out / "lora.safetensors").exists()
     if made:
-        ways = "--resume goes on with it, another --out keeps it, --overwrite starts anew and replaces its files"
+        ways = "--resume continues it, another --out keeps it, --overwrite starts anew and replaces its files"
         raise ValueError(f"{out} has an earlier run ({', '.join(made[:3])}{', ..' * (len(made) > 3)}): {ways}")
 
 
@@ -95,13 +95,15 @@ def say_changes(args, state, contents):
             jump = f"the learning rate goes from {last:.2e} to {now:.2e}"
             changed.append(f"--steps {args.steps} (was {was['steps']}): {jump}")
     if changed:
-        say(f"other than before: {', '.join(changed)}")
+        say(f"changed since the checkpoint: {', '.join(changed)}")
 
 
 def say_oddities(args, data, dp):
     """Print what is likely a mistake: samples of unknown origin among others, a batch that leaves ranks idle."""
     if 0 < getattr(data, "unsaid", 0) < len(data):
-        say(f"{data.unsaid} of {len(data)} samples do not say what encoded them: see that it was the same snapshot")
+        say(
+            f"{data.unsaid} of {len(data)} samples do not say what encoded them: make sure that it was the same snapshot"
+        )
     parts = dp * args.accumulation
     if idle := -args.batch % parts:
         where = f"dp {dp} x accumulation {args.accumulation}"

@@ -117,7 +117,7 @@ class Progress:
 
     def say_validation(self, step, more):
         if "validation_loss" in more:
-            say(f"step {step}: loss {more['validation_loss']:.5f} on the samples held out")
+            say(f"step {step}: loss {more['validation_loss']:.5f} on the held-out samples")
 
     def _write(self, step, entry):
         # JSON has no NaN

@@ -168,7 +168,7 @@ class TextEncoders:
         head = len(self.tokenizer(self.template.partition("{}")[0]).input_ids)
         if head != self.head:
             problem = f"the template's head is {head} tokens, not {self.head}"
-            raise ValueError(f"{folder / 'tokenizer'} is another one: {problem}")
+            raise ValueError(f"{folder / 'tokenizer'} is not the release's: {problem}")
 
         config = transformers.AutoConfig.from_pretrained(folder / "text_encoder", trust_remote_code=False)
         text_config = config.text_config if for_image else config

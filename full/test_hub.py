@@ -61,7 +61,7 @@ def test_a_model_of_which_a_part_is_missing(lost, cache):
     """The library returns it without an error."""
     shutil.rmtree(cache / lost) if (cache / lost).is_dir() else (cache / lost).unlink()
     with pytest.raises(
-        ValueError, match="its copy in the cache is not whole, .* is missing: go online, or: hf download owner/tiny"
+        ValueError, match="its copy in the cache is incomplete, .* is missing: go online, or: hf download owner/tiny"
     ) as error:
         found("owner/tiny@v1")
     assert lost.partition("/")[0] in str(error.value) and "--revision v1" in str(error.value)

@@ -375,7 +375,7 @@ def check_a_damaged_checkpoint_is_never_loaded(pm, folder):
     assert restarted("b")[0].name == "step-4"
     file = next(iter(checkpoints.find("b")[1]["files"]))
     on_main(lambda: (folder / "step-4" / file).unlink())
-    with pytest.raises(FileNotFoundError, match=f"no whole checkpoint in .*{file} is missing"):
+    with pytest.raises(FileNotFoundError, match=f"no undamaged checkpoint in .*{file} is missing"):
         restarted("b")
     on_main(lambda: (folder / "step-6" / "manifest.json").unlink())  # whose it was, nobody knows
     assert restarted("c") == (None, dict(tag="c"))

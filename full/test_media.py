@@ -502,8 +502,8 @@ def test_what_is_said_of_many_files(tmp_path, capsys):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
     full.encode.report(entries, [Path("v/a.pdf")], results, SimpleNamespace(output=tmp_path, videos="v"))
     assert capsys.readouterr().out.splitlines() == [
-        f"wrote 30 samples to {tmp_path}, 0 were there, 0 skipped",
-        f"not in v any more, but trained on if left (1): {tmp_path}/older.safetensors",
+        f"wrote 30 samples to {tmp_path}, 0 existed already, 0 skipped",
+        f"not in v any more, but training uses them until you delete them (1): {tmp_path}/older.safetensors",
         "not used (1): v/a.pdf",
         "enlarged (15): " + ", ".join(f"v/{n}.mp4" for n in range(0, 30, 2)),
         "interlaced (30): " + ", ".join(f"v/{n}.mp4" for n in range(20)) + " and 10 more",
@@ -661,7 +661,7 @@ def test_a_caption_that_is_not_text(caption, said, tmp_path):
     found, _ = listed(tmp_path)
     assert found["b.mp4"] == "fine \U0001f408"
     assert re.fullmatch(
-        f"its caption in line 2 of captions.jsonl is {said}, not a text", found["a.mp4"][0].replace("\\", "\\\\")
+        f"its caption in line 2 of captions.jsonl is {said}, which is not text", found["a.mp4"][0].replace("\\", "\\\\")
     )
 
 
@@ -811,7 +811,7 @@ def test_a_file_with_a_problem_is_not_touched(tmp_path):
     with no_longer_than(20):
         outcome, _ = encode_one(entry, None, None, None, dict(kind=None), SimpleNamespace(output=tmp_path))
     target = tmp_path / "a.mp4.safetensors"
-    assert outcome == f"skipping {entry.file}: it is not a regular file ({target}, made before, stays)"
+    assert outcome == f"skipping {entry.file}: it is not a regular file ({target}, made before, is kept)"
 
 
 def test_names_of_samples():
@@ -890,7 +890,7 @@ def test_a_folder_as_people_have_them(snapshot, tmp_path):
     flags = f"--model {snapshot} --videos {videos} --output {out} --height 64 --width 96 --frames 9".split()
     (videos / os.fsdecode(b"caf\xe9.mp4")).write_bytes(b"")  # a name of another encoding
     ((code, printed),) = fork("full.encode", *flags, out=tmp_path)
-    assert code == 0 and "wrote 5 samples" in printed and "0 were there, 7 skipped" in printed, printed
+    assert code == 0 and "wrote 5 samples" in printed and "0 existed already, 7 skipped" in printed, printed
     samples = {}
     for file in out.glob("*.safetensors"):
         with full.encode.open_safetensors(file) as handle:
@@ -930,9 +930,11 @@ def test_a_folder_as_people_have_them(snapshot, tmp_path):
 
     (videos / "blank.mov").rename(videos / "named.mov")
     ((code, printed),) = fork("full.encode", *flags, out=tmp_path)
-    assert code == 0 and "wrote 0 samples" in printed and "4 were there, 8 skipped" in printed, printed
+    assert code == 0 and "wrote 0 samples" in printed and "4 existed already, 8 skipped" in printed, printed
     assert re.search(
-        r"^not in .*videos any more, but trained on if left \(1\): .*latents/blank.mov.safetensors$", printed, re.M
+        r"^not in .*videos any more, but training uses them until you delete them \(1\): .*latents/blank.mov.safetensors$",
+        printed,
+        re.M,
     )
     assert re.search(r"^not used \(2\): .*blank.txt, .*notes.pdf$", printed, re.M), printed
     assert all(re.search(line, printed, re.M) for line in known[2:]), printed

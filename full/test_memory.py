@@ -97,7 +97,7 @@ def test_a_gpu_that_is_too_small_names_what_would_fit():
     args = parse_train("", "--config 13b --checkpointing full --offload activations".split())
     sentence = faults.about_gpu(torch.OutOfMemoryError(text), lambda: cure(args))
     assert sentence.startswith(
-        "the GPU's memory of 9.00 GiB is too small: it takes 1.36 GiB more; less with --compile, "
+        "the GPU's memory of 9.00 GiB is too small: it needs 1.36 GiB more; less with --compile, "
     )
     assert "--offload weights, --mlp_slices 8, more GPUs" in sentence and "--checkpointing" not in sentence
     args = parse_infer("--offload encoders --compile --mlp_slices 4 --memory 12".split())

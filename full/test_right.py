@@ -66,12 +66,12 @@ def test_a_flag_is_used_or_refused(parse, flags, said):
 
 
 @pytest.mark.parametrize("program, flags, said", [
-    ("full.train", "--height 64 --steps 1", "--height is of no use: this model makes clips of one size"),
-    ("full.train", "--guidance 6 --steps 1", "--guidance is of no use: this model embeds no guidance scale"),
-    ("full.infer", "--config tiny --frames 5", "--frames is of no use: this model makes clips of one size"),
+    ("full.train", "--height 64 --steps 1", "--height has no effect: this model makes clips of one size"),
+    ("full.train", "--guidance 6 --steps 1", "--guidance has no effect: this model embeds no guidance scale"),
+    ("full.infer", "--config tiny --frames 5", "--frames has no effect: this model makes clips of one size"),
     ("full.infer", "--config tiny --cfg 0.5", "--cfg 0.5 is not at least 1.0"),
     ("full.export", "--config tiny --output {tmp}/x", "nothing to export: give --checkpoint, --model or --weights"),
-    ("full.infer", "--config tiny --guidance 2", "--guidance is of no use: this model embeds no guidance scale"),
+    ("full.infer", "--config tiny --guidance 2", "--guidance has no effect: this model embeds no guidance scale"),
 ])  # fmt: skip
 def test_a_flag_that_the_model_has_no_use_for(program, flags, said, tmp_path):
     ((code, printed),) = fork(program, *flags.format(tmp=tmp_path).split(), out=tmp_path)
@@ -128,7 +128,7 @@ def test_samples_of_another_kind_or_of_two_snapshots_are_refused(tmp_path):
 def test_a_sample_with_an_odd_header(made_by, tmp_path):
     tensors = dict(latents=torch.zeros(3, 1, 4, 4), text=torch.ones(2, 32), pooled=torch.ones(32))
     save_file(tensors, tmp_path / "a.safetensors", dict(made_by=made_by))
-    with pytest.raises(ValueError, match="a.safetensors has a header that full.encode has not written"):
+    with pytest.raises(ValueError, match="a.safetensors has a header that full.encode did not write"):
         Folder(TINY, tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_a_resumed_run_says_that_its_samples_are_others(tmp_path):
     assert code == 0, printed
     sample(tmp_path / "data/2.safetensors", value=2.0)
     ((code, printed),) = fork("full.train", *flags, "--steps", 2, "--resume", out=tmp_path)
-    assert code == 0 and "other than before: what is in the samples" in printed, printed
+    assert code == 0 and "changed since the checkpoint: what is in the samples" in printed, printed
     assert "do not say what encoded them" not in printed
     sample(tmp_path / "data/1.safetensors", kind=None, encoders=["2-1"])
     ((code, printed),) = fork("full.train", *flags, "--steps", 3, "--resume", out=tmp_path)

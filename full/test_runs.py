@@ -83,7 +83,9 @@ def test_data_folder_and_damaged_checkpoint(tmp_path):
     file = next((tmp_path / "out" / "step-6").glob("*.safetensors"))
     file.write_bytes(flip(file.read_bytes(), -100))
     ((code, printed),) = fork("full.train", *flags, "--steps", 8, "--resume", out=tmp_path)
-    assert code != 0 and re.search(f"error: no whole checkpoint in .*{file.name} has another crc32", printed), printed
+    assert code != 0 and re.search(f"error: no undamaged checkpoint in .*{file.name} has a crc32 that differs", printed), (
+        printed
+    )
 
 
 def test_steps_without_finite_gradients_are_skipped(tmp_path):
@@ -278,12 +280,13 @@ def test_a_resumed_run_says_what_is_other_than_before(tmp_path):
     ((code, printed),) = fork("full.train", *flags, "--steps", 1, "--batch", 3, out=tmp_path)
     assert code == 0 and "global batch 3" in printed and not before.exists(), printed
     ((code, printed),) = fork("full.train", *flags, "--steps", 2, "--resume", out=tmp_path)
-    assert code == 0 and "global batch 3" in printed and "other than before" not in printed, printed
+    assert code == 0 and "global batch 3" in printed and "changed since the checkpoint" not in printed, printed
     more = ["--steps", 3, "--batch", 2, "--lr", 0.5, "--resume"]
     ((code, printed),) = fork("full.train", *flags, *more, out=tmp_path)
     assert (
         code == 0
-        and "other than before: --batch 2 (was 3), --lr 0.5 (was 0.002), --steps 3 (was 2): the learning" in printed
+        and "changed since the checkpoint: --batch 2 (was 3), --lr 0.5 (was 0.002), --steps 3 (was 2): the learning"
+        in printed
     ), printed
     old = (tmp_path / "run/log.jsonl").read_text()
     ((code, printed),) = fork("full.train", *flags, "--steps", 1, "--batch", 2, "--overwrite", out=tmp_path)
@@ -465,6 +468,6 @@ def test_a_checkpoint_of_the_version_before(tmp_path):
     )
     assert code == 0, printed
     ((code, printed),) = fork("full.train", *flags, "--steps", 3, "--resume", "--out", old, out=tmp_path)
-    assert code == 0 and "from step 2" in printed and "other than before" not in printed, printed
+    assert code == 0 and "from step 2" in printed and "changed since the checkpoint" not in printed, printed
     assert numbers_of(old) == numbers_of(tmp_path / "new")[2:]
     assert equal(*(load_checkpoint(run / "step-3") for run in (old, tmp_path / "new")))

@@ -97,9 +97,7 @@ def test_a_clip_is_its_prompts_and_its_seeds(tmp_path):
     assert len(made) == 4 and len({*made.values()}) == 4
     sample("one", "--prompt", "a red square moves up", "--seed", 1)  # the same once more
     printed = sample("one", "--prompt", "a red square moves up", "--seed", 2, code=1)
-    assert (
-        f"error: 1 of 1 clips are there already, made by other flags ({tmp_path}/one): --overwrite replaces" in printed
-    )
+    assert f"error: 1 of 1 clips exist already, made by other flags ({tmp_path}/one): --overwrite replaces" in printed
     assert equal(load_file(tmp_path / "one.safetensors"), dict(latents=alone))
     sample("one", "--prompt", "a red square moves up", "--seed", 2, "--overwrite")
     assert not equal(load_file(tmp_path / "one.safetensors"), dict(latents=alone))
@@ -192,7 +190,7 @@ def test_a_second_run_in_a_folder(tmp_path):
     assert fork("full.train", *flags, out=tmp_path)[0][0] == 0
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "lock"}
     ((code, printed),) = fork("full.train", *flags, "--seed", 1, out=tmp_path)
-    assert code == 1 and "has an earlier run (step-1): --resume goes on with it, another --out keeps it" in printed
+    assert code == 1 and "has an earlier run (step-1): --resume continues it, another --out keeps it" in printed
     assert all(path.read_bytes() == data for path, data in before.items())
     for n in (2, 3):
         ((code, printed),) = fork("full.train", *flags, "--seed", n, "--overwrite", out=tmp_path)
@@ -230,7 +228,7 @@ def test_a_stop_in_a_step_that_validates(tmp_path):
     assert code == 0 and fork("full.train", *rules, "--out", tmp_path / "whole", out=tmp_path)[0][0] == 0, printed
     stopped, whole = ([x.get("validation_loss") for x in losses(tmp_path / name)] for name in ("run", "whole"))
     assert [loss for loss in stopped if loss] == whole
-    assert f"step 2: loss {whole[1]:.5f} on the samples held out" in printed
+    assert f"step 2: loss {whole[1]:.5f} on the held-out samples" in printed
 
 
 def test_a_longer_resume_says_that_the_rate_jumps(tmp_path):

@@ -46,7 +46,7 @@ def test_prompts_to_videos(snapshot, tmp_path):
     lines = (tmp_path / "prompts.txt").read_text()
     (tmp_path / "prompts.txt").write_text("grass " * 300 + "\n" + lines)  # on top: it changes nothing below
     ((code, printed),) = fork("full.infer", *flags, out=tmp_path)
-    assert code == 0 and "2 of 4 clips are there already" in printed and printed.count("wrote") == 2, printed
+    assert code == 0 and "2 of 4 clips exist already" in printed and printed.count("wrote") == 2, printed
     assert re.search(r"'grass grass .*'\.\. has \d+ tokens: what follows the first 256 is cut off", printed), printed
     close(load_file(clips / "a-dog-0.safetensors")["latents"], before["latents"], 1e-5)
     bad_snapshots(snapshot, tmp_path)
@@ -156,7 +156,7 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     results = fork("full.encode", *flags, ranks=2, out=tmp_path)
     assert [code for code, _ in results] == [0, 0], results
     printed = results[0][1]
-    counts = re.search(r"wrote (\d) samples to .*, (\d) were there, (\d) skipped", printed).groups()
+    counts = re.search(r"wrote (\d) samples to .*, (\d) existed already, (\d) skipped", printed).groups()
     assert counts == (str(5 - len(finished)), str(len(finished)), "2") and finished, printed
     assert "in place of" not in printed
     assert all(file.read_bytes() == data for file, data in finished.items()), "what was finished is made again"
@@ -192,7 +192,7 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     (videos / "short.txt").write_text("a bird")
     ((code, printed),) = fork("full.encode", *flags, out=tmp_path)
     assert code == 0 and re.search(
-        "wrote 2 samples to .*, 1 in place of older ones, 3 were there, 2 skipped", printed
+        "wrote 2 samples to .*, 1 in place of older ones, 3 existed already, 2 skipped", printed
     ), printed
     after = {file.name: file.stat().st_mtime_ns for file in out.glob("[!.]*")}
     assert {name for name in before if before[name] != after[name]} == {
@@ -205,10 +205,10 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     with open(videos / "captions.jsonl", "a") as table:
         table.write(json.dumps(dict(file="gone.mp4", caption="a fox")) + "\n")
     ((code, printed),) = fork("full.encode", *flags, out=tmp_path)
-    assert code == 0 and "4 were there, 4 skipped" in printed and "skipping " + str(videos / "gone.mp4") in printed, (
+    assert code == 0 and "4 existed already, 4 skipped" in printed and "skipping " + str(videos / "gone.mp4") in printed, (
         printed
     )
-    assert re.search(r"skipping .*fast.mkv: it is not a video.*\(.*fast.mkv.safetensors, made before, stays\)", printed)
+    assert re.search(r"skipping .*fast.mkv: it is not a video.*\(.*fast.mkv.safetensors, made before, is kept\)", printed)
 
     run = (
         f"--model {snapshot} --data {out} --lora 2 --steps 3 --batch 2 --lr 1e-2 --caption_drop 0.5 --workers 0".split()

@@ -124,7 +124,7 @@ def test_weights_mean_what_their_file_says(tmp_path):
     refused(tmp_path / "bomb.pt", "bomb.pt is not a file of plain tensors")
     half, rest = ({k: v for n, (k, v) in enumerate(good.items()) if n % 2 == part} for part in range(2))
     refused(folder("twice", a=good, b={name: good[name]}), name, "another file")
-    refused(folder("part", **{"m-00001-of-00003": half, "m-00002-of-00003": rest}), "is not whole: it has 2 of 3 files")
+    refused(folder("part", **{"m-00001-of-00003": half, "m-00002-of-00003": rest}), "is incomplete: it has 2 of 3 files")
     refused(folder("lost", {name: "b.safetensors"}, a=good), "b.safetensors is missing")
     refused(
         folder("odd", {**dict.fromkeys(good, "a.safetensors"), "x.weight": "a.safetensors"}, a=good), "names x.weight"
@@ -287,7 +287,7 @@ def test_fa4_is_attention(checkpointing, runs, monkeypatch):
     ):
         with gpu(major, minor), pytest.raises(ValueError, match=expected):
             attention_kernel("fa4")
-    with pytest.raises(ValueError, match="'fa5' is none of sdpa, fa4"):
+    with pytest.raises(ValueError, match="'fa5' is neither sdpa nor fa4"):
         attention_kernel("fa5")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ValueError, match="needs FlashAttention-4"):

@@ -85,14 +85,14 @@ def weight_files(source):
             raise ValueError(f"{indices[0]} names a file outside its folder: {outside[0]}")
         files = [path / name for name in names]
         if absent := [file.name for file in files if not file.is_file()]:
-            raise ValueError(f"{path} is not whole: {absent[0]} is missing, which {indices[0].name} names")
+            raise ValueError(f"{path} is incomplete: {absent[0]} is missing, which {indices[0].name} names")
     if not files or not all(file.is_file() for file in files):
         raise FileNotFoundError(f"no weights at {path}: expected a .safetensors or .pt file, or a folder with some")
     for file in files:
         if part := re.search(r"-(\d+)-of-(\d+)\.safetensors$", file.name):
             there = len([f for f in files if f.name.endswith(f"-of-{part[2]}.safetensors")])
             if there != int(part[2]):
-                raise ValueError(f"{path} is not whole: it has {there} of {int(part[2])} files like {file.name}")
+                raise ValueError(f"{path} is incomplete: it has {there} of {int(part[2])} files like {file.name}")
     return files
 
 
