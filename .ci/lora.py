@@ -26,8 +26,8 @@ from comm import ParallelManager  # noqa: E402
 from full.lora import add_lora  # noqa: E402
 from full.memory import limit_memory  # noqa: E402
 from full.offload import offloaded  # noqa: E402
-from full.screen import forward_flops  # noqa: E402
 from full.slices import slice_mlps  # noqa: E402
+from full.speed import forward_flops  # noqa: E402
 from hunyuan_sp import HunyuanConfig, HunyuanVideo, latent_shape  # noqa: E402
 
 

@@ -196,4 +196,4 @@ def encode_prompts(pm, snapshot, args):
 
 if __name__ == "__main__":
     args = parse()
-    faults.run(partial(encode, args), args.output, args.debug)
+    faults.exit_after(partial(encode, args), args.output, args.debug)

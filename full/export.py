@@ -55,4 +55,4 @@ def export(args):
 
 if __name__ == "__main__":
     args = parse()
-    faults.run(partial(export, args), args.output, args.debug)
+    faults.exit_after(partial(export, args), args.output, args.debug)

@@ -1,7 +1,7 @@
 """End the whole job soon, with one sentence and status 1, when anything ends one of its ranks; and turn signals into
 requests.
 
-`init` makes the process group with our time-outs and hands the mesh to a ParallelManager; `run` calls a program's main;
+`init` makes the process group with our time-outs and hands the mesh to a ParallelManager; `exit_after` calls a program's main;
 `together` and `on_main` raise one rank's error on all ranks; `catch_signals` notes who was asked to save or stop.
 """
 
@@ -106,7 +106,7 @@ def on_main(function):
 # the end of a process
 
 
-def run(main, folder, debug=False, cure=None):
+def exit_after(main, folder, debug=False, cure=None):
     """Call main(), which returns a ParallelManager, and end the process: with status 0, or with one sentence and status 1.
 
     torchrun shows that sentence as the cause. folder: where main writes, since the error of a full disk does not say where.
@@ -114,7 +114,7 @@ def run(main, folder, debug=False, cure=None):
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
-    watch_launcher()
+    exit_with_launcher()
     try:
         main().close()
     except BaseException as error:  # CheckpointException, for one, is not an Exception
@@ -191,7 +191,7 @@ def to_launcher(sentence):
             Path(file).write_text(json.dumps(dict(message=dict(message=sentence, extraInfo=extra))))
 
 
-def watch_launcher():
+def exit_with_launcher():
     """End this rank as soon as its torchrun is gone: an orphan would keep writing while the next job does."""
     launcher = os.getppid()
 

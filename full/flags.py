@@ -248,7 +248,7 @@ def parse_train(doc, argv=None, more=None):
 
 
 def check_train(args, config):
-    """Raise ValueError for flags that are out of range or do not go together; fill in --model's weights and shift."""
+    """Raise ValueError for flags that are out of range or do not go together."""
     check_range(args, "steps batch accumulation shard_size lora sp dp mlp_slices", 1)
     check_range(args, "memory", 2)
     check_range(args, "warmup save_every keep workers validate_every", 0)
@@ -270,6 +270,12 @@ def check_train(args, config):
         raise ValueError("--sample_prompt is for the toy, or for --model with a text-to-video snapshot")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
+    if args.model and not args.shift:
+        scheduler_shift(args.model)
+
+
+def take_from_model(args):
+    """Fill in --weights and --shift from --model, where they are not given."""
     if args.model:
         args.weights = args.weights or f"{args.model}/transformer"
         args.shift = args.shift or scheduler_shift(args.model)

@@ -40,8 +40,9 @@ from full.hub import find_model
 from full.lora import lora_files
 from full.memory import cure, limit_memory
 from full.model import Source, resolve
-from full.screen import Bar, Clock, Stages, say
+from full.screen import Bar, Stages, say
 from full.snapshot import ENCODERS, PARTS, Snapshot, template_of
+from full.speed import Clock
 from full.vae import decode
 from full.video import read_image
 from hunyuan_sp import latent_shape
@@ -245,4 +246,4 @@ def report(pm, args, scores, clock, stages, toy):
 
 if __name__ == "__main__":
     args = parse()
-    faults.run(partial(infer, args), args.output, args.debug, partial(cure, args))
+    faults.exit_after(partial(infer, args), args.output, args.debug, partial(cure, args))

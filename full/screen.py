@@ -1,18 +1,17 @@
-"""Show what a program does: one line that updates in place, log.jsonl, a curve, speed and memory. Only rank 0 prints."""
+"""Show what a program does: one line that updates in place, log.jsonl, a loss curve, stages. Only rank 0 prints."""
 
 import contextlib
 import json
 import math
 import os
-import resource
 import sys
 import time
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from full.files import printable
+from full.speed import forward_flops
 
 
 def say(text, live=False, end=True, raw=False):
@@ -150,77 +149,7 @@ class Progress:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# speed and memory
-
-
-def forward_flops(config, video, text, linears=1, attention=1):
-    """Return the FLOPs of one sample's forward: linear layers and attention of the blocks, 2 per multiply-add.
-
-    video, text: its tokens, the valid ones. linears, attention: factors; 3 for training, 2 for linears with frozen weights.
-    """
-    dim, blocks, n = config.hidden_size, config.double_depth + config.single_depth, video + text
-    of_linears = (8 + 4 * config.mlp_ratio) * dim * dim * n * blocks
-    return linears * of_linears + attention * 4 * dim * n * n * blocks
-
-
-class Clock:
-    """Measure each step's seconds, tokens and FLOPs. The last step may run under torch's profiler, and then does not count.
-
-    traces: write its Chrome traces to TRACES-RANK.json.gz; None for no profile. wait: wait for the GPU before and after each
-    step; training waits anyway, when it reads the loss.
-    """
-
-    PEAK_TFLOPS = dict(A100=312, H100=989, H200=989, B200=2250)  # dense bf16, by the vendor's datasheets
-
-    def __init__(self, pm, steps, traces=None, wait=False):
-        self.pm, self.steps, self.traces, self.wait = pm, steps, traces, wait and pm.device.type == "cuda"
-        self.seconds, self.work, self.profiler = [], [], None
-        if traces:
-            gpu = [ProfilerActivity.CUDA] * (pm.device.type == "cuda")
-            self.profiler = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)
-
-    def start(self):
-        """Begin a step."""
-        if self.profiler and len(self.seconds) == self.steps - 1:
-            self.profiler.start()
-        self.began = self.now()
-
-    def now(self):
-        if self.wait:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def stop(self, tokens, flops):
-        """End a step. tokens, flops: those of all ranks."""
-        self.seconds.append(self.now() - self.began)
-        self.work.append((tokens, flops))
-        self.peak = torch.cuda.max_memory_allocated() if self.pm.device.type == "cuda" else 0
-        if self.profiler and len(self.seconds) == self.steps:
-            self.profiler.stop()
-            self.profiler.export_chrome_trace(f"{self.traces}-{self.pm.rank}.json.gz")
-
-    def rates(self, step=-1):
-        """Return one step's figures for all ranks together; tflops and mfu, the share of a known GPU's peak, are per
-        rank."""
-        seconds, (tokens, flops), cuda = self.seconds[step], self.work[step], self.pm.device.type == "cuda"
-        tflops = flops / seconds / 1e12 / self.pm.world_size
-        figures = dict(s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds))
-        figures |= dict(tflops_per_rank=round(tflops, 4))
-        if not cuda:
-            return figures | dict(peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
-        name = torch.cuda.get_device_name(self.pm.device)
-        if peak := next((peak for gpu, peak in self.PEAK_TFLOPS.items() if gpu in name), None):
-            figures |= dict(mfu=round(tflops / peak, 4))
-        memory = dict(peak_gib=self.peak, resident_gib=torch.cuda.memory_allocated())
-        return figures | {name: round(value / 2**30, 2) for name, value in memory.items()}
-
-    def report(self):
-        """Return the median step's figures without the first two steps, which compile, allocate, and in training multiply
-        zeros (blocks start as identities)."""
-        counted = len(self.seconds) - bool(self.profiler and len(self.seconds) == self.steps > 1)
-        timed = range(2, counted) or range(counted)[-1:]
-        median = sorted(timed, key=lambda step: self.seconds[step])[len(timed) // 2]
-        return self.rates(median) | dict(timed_steps=max(0, counted - 2))
+# sampling
 
 
 class Stages:

@@ -83,9 +83,9 @@ def test_data_folder_and_damaged_checkpoint(tmp_path):
     file = next((tmp_path / "out" / "step-6").glob("*.safetensors"))
     file.write_bytes(flip(file.read_bytes(), -100))
     ((code, printed),) = fork("full.train", *flags, "--steps", 8, "--resume", out=tmp_path)
-    assert code != 0 and re.search(f"error: no undamaged checkpoint in .*{file.name} has a crc32 that differs", printed), (
-        printed
-    )
+    assert code != 0 and re.search(
+        f"error: no undamaged checkpoint in .*{file.name} has a crc32 that differs", printed
+    ), printed
 
 
 def test_steps_without_finite_gradients_are_skipped(tmp_path):
@@ -370,7 +370,7 @@ def faulty(step, args):
 
 full.train.learning_rate = faulty
 args = parse_train(None)
-faults.run(partial(full.train.train, args), args.out)
+faults.exit_after(partial(full.train.train, args), args.out)
 """
 
 

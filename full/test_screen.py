@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from full.screen import Bar, Clock, say_some
+from full.screen import Bar, say_some
+from full.speed import Clock
 from hunyuan_sp import HunyuanConfig, HunyuanVideo
 from infer_min import sample
 from test_sp import close, fork

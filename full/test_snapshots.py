@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import full.infer
 from full.clips import file_name
-from full.flags import check_train, get_config, parse_train
+from full.flags import check_train, get_config, parse_train, take_from_model
 from full.folder import Folder
 from full.lora import merge_lora
 from full.snapshot import Snapshot, TextEncoders
@@ -205,10 +205,12 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     with open(videos / "captions.jsonl", "a") as table:
         table.write(json.dumps(dict(file="gone.mp4", caption="a fox")) + "\n")
     ((code, printed),) = fork("full.encode", *flags, out=tmp_path)
-    assert code == 0 and "4 existed already, 4 skipped" in printed and "skipping " + str(videos / "gone.mp4") in printed, (
-        printed
+    assert (
+        code == 0 and "4 existed already, 4 skipped" in printed and "skipping " + str(videos / "gone.mp4") in printed
+    ), printed
+    assert re.search(
+        r"skipping .*fast.mkv: it is not a video.*\(.*fast.mkv.safetensors, made before, is kept\)", printed
     )
-    assert re.search(r"skipping .*fast.mkv: it is not a video.*\(.*fast.mkv.safetensors, made before, is kept\)", printed)
 
     run = (
         f"--model {snapshot} --data {out} --lora 2 --steps 3 --batch 2 --lr 1e-2 --caption_drop 0.5 --workers 0".split()
@@ -254,6 +256,7 @@ def test_from_videos_to_a_lora(snapshot, tmp_path):
     for flags, shift in (([], 5.0), (["--shift", "2"], 2.0)):
         args = parse_train("", ["--model", str(tmp_path / "tuned"), "--data", str(out), *flags])
         check_train(args, get_config(args))
+        take_from_model(args)
         assert args.shift == shift
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(use_karras_sigmas=True)))
     with pytest.raises(ValueError, match="use_karras_sigmas: only the release's schedule is known"):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import full.fa4
 from full.fa4 import attention_kernel
 from full.names import config_from_diffusers, diffusers_config, export_weight, names_in
-from full.screen import forward_flops
+from full.speed import forward_flops
 from full.weights import load_weights, save_weights
 from hunyuan_sp import HunyuanConfig, HunyuanVideo, sdpa
 from test_sp import CONFIG, GOLD, GOLDEN, Touch, close, equal, flip, golden_model, gpu, random_inputs, random_model
@@ -124,7 +124,9 @@ def test_weights_mean_what_their_file_says(tmp_path):
     refused(tmp_path / "bomb.pt", "bomb.pt is not a file of plain tensors")
     half, rest = ({k: v for n, (k, v) in enumerate(good.items()) if n % 2 == part} for part in range(2))
     refused(folder("twice", a=good, b={name: good[name]}), name, "another file")
-    refused(folder("part", **{"m-00001-of-00003": half, "m-00002-of-00003": rest}), "is incomplete: it has 2 of 3 files")
+    refused(
+        folder("part", **{"m-00001-of-00003": half, "m-00002-of-00003": rest}), "is incomplete: it has 2 of 3 files"
+    )
     refused(folder("lost", {name: "b.safetensors"}, a=good), "b.safetensors is missing")
     refused(
         folder("odd", {**dict.fromkeys(good, "a.safetensors"), "x.weight": "a.safetensors"}, a=good), "names x.weight"

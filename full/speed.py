@@ -1,0 +1,92 @@
+"""Count the FLOPs of a forward and of a training step, and measure each step's seconds and memory."""
+
+import math
+import resource
+import time
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from train_min import count_tokens
+
+
+def forward_flops(config, video, text, linears=1, attention=1):
+    """Return the FLOPs of one sample's forward: linear layers and attention of the blocks, 2 per multiply-add.
+
+    video, text: its tokens, the valid ones. linears, attention: factors; 3 for training, 2 for linears with frozen weights.
+    """
+    dim, blocks, n = config.hidden_size, config.double_depth + config.single_depth, video + text
+    of_linears = (8 + 4 * config.mlp_ratio) * dim * dim * n * blocks
+    return linears * of_linears + attention * 4 * dim * n * n * blocks
+
+
+def work_of(pm, config, micro_batches, args):
+    """Return [tokens, FLOPs] of a step over all ranks, forward and backward, for samples that carry weight."""
+    tokens = flops = 0.0
+    for batch in micro_batches:
+        video = math.prod(batch["target"].shape[2:]) // math.prod(config.patch_size)
+        text = sum(batch["lengths"]) / len(batch["lengths"])
+        tokens += count_tokens(batch, config)
+        # frozen weights need no gradients
+        flops += batch["weight"].sum().item() * forward_flops(config, video, text, 2 if args.lora else 3, 3)
+    return pm.sum(torch.tensor([tokens, flops], dtype=torch.float64), pm.dp_group).tolist()
+
+
+class Clock:
+    """Measure each step's seconds, tokens and FLOPs. The last step may run under torch's profiler, and then does not count.
+
+    traces: write its Chrome traces to TRACES-RANK.json.gz; None for no profile. wait: wait for the GPU before and after each
+    step; training waits anyway, when it reads the loss.
+    """
+
+    PEAK_TFLOPS = dict(A100=312, H100=989, H200=989, B200=2250)  # dense bf16, by the vendor's datasheets
+
+    def __init__(self, pm, steps, traces=None, wait=False):
+        self.pm, self.steps, self.traces, self.wait = pm, steps, traces, wait and pm.device.type == "cuda"
+        self.seconds, self.work, self.profiler = [], [], None
+        if traces:
+            gpu = [ProfilerActivity.CUDA] * (pm.device.type == "cuda")
+            self.profiler = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)
+
+    def start(self):
+        """Begin a step."""
+        if self.profiler and len(self.seconds) == self.steps - 1:
+            self.profiler.start()
+        self.began = self.now()
+
+    def now(self):
+        if self.wait:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def stop(self, tokens, flops):
+        """End a step. tokens, flops: those of all ranks."""
+        self.seconds.append(self.now() - self.began)
+        self.work.append((tokens, flops))
+        self.peak = torch.cuda.max_memory_allocated() if self.pm.device.type == "cuda" else 0
+        if self.profiler and len(self.seconds) == self.steps:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(f"{self.traces}-{self.pm.rank}.json.gz")
+
+    def rates(self, step=-1):
+        """Return one step's figures for all ranks together; tflops and mfu, the share of a known GPU's peak, are per
+        rank."""
+        seconds, (tokens, flops), cuda = self.seconds[step], self.work[step], self.pm.device.type == "cuda"
+        tflops = flops / seconds / 1e12 / self.pm.world_size
+        figures = dict(s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds))
+        figures |= dict(tflops_per_rank=round(tflops, 4))
+        if not cuda:
+            return figures | dict(peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
+        name = torch.cuda.get_device_name(self.pm.device)
+        if peak := next((peak for gpu, peak in self.PEAK_TFLOPS.items() if gpu in name), None):
+            figures |= dict(mfu=round(tflops / peak, 4))
+        memory = dict(peak_gib=self.peak, resident_gib=torch.cuda.memory_allocated())
+        return figures | {name: round(value / 2**30, 2) for name, value in memory.items()}
+
+    def report(self):
+        """Return the median step's figures without the first two steps, which compile, allocate, and in training multiply
+        zeros (blocks start as identities)."""
+        counted = len(self.seconds) - bool(self.profiler and len(self.seconds) == self.steps > 1)
+        timed = range(2, counted) or range(counted)[-1:]
+        median = sorted(timed, key=lambda step: self.seconds[step])[len(timed) // 2]
+        return self.rates(median) | dict(timed_steps=max(0, counted - 2))
