@@ -9,7 +9,7 @@ from pathlib import Path
 
 from full.faults import on_main
 
-HELD = []  # the locks of this process, open until it ends
+LOCKS = []  # the lock files of this process, open until it ends
 
 
 def claim(folder, name=None, lock=".lock"):
@@ -22,11 +22,11 @@ def claim(folder, name=None, lock=".lock"):
 
     def hold():
         file.parent.mkdir(parents=True, exist_ok=True)
-        held = open(file, "a+")  # a POSIX lock ends with this process, and loader processes don't inherit it
+        lock_file = open(file, "a+")  # a POSIX lock ends with this process, and loader processes don't inherit it
         until = time.monotonic() + 5  # a rank of a killed job may take that long to notice
         while True:
             try:
-                fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except (BlockingIOError, PermissionError):  # a live program has it
                 if time.monotonic() > until:
@@ -37,9 +37,9 @@ def claim(folder, name=None, lock=".lock"):
                 break
             time.sleep(0.1)
         owner = f"process {os.getpid()} on {socket.gethostname()} since {time.time():.6f}"
-        held.truncate(0)
-        print(owner, file=held, flush=True)
-        HELD.append(held)
+        lock_file.truncate(0)
+        print(owner, file=lock_file, flush=True)
+        LOCKS.append(lock_file)
         for leftover in [] if name else Path(folder).glob(".*.part"):
             leftover.unlink(missing_ok=True)
         return owner

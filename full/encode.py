@@ -73,7 +73,8 @@ def encode_videos(pm, snapshot, facts, args):
 
     facts: fingerprints of the snapshot's files.
     """
-    out, began = Path(args.output), time.perf_counter()
+    out = Path(args.output)
+    began = time.perf_counter()
     entries, unused = faults.on_main(lambda: videos_and_captions(Path(args.videos)))
     sizes = faults.on_main(lambda: [size_of(entry.file) for entry in entries])
     found = list(zip(entries, sizes))
@@ -91,11 +92,11 @@ def encode_videos(pm, snapshot, facts, args):
 
     results = []  # [(outcome, notes)] of the entries
     for n in range(0, len(found), pm.world_size):
-        mine = found[n : n + pm.world_size][pm.rank :][:1]
-        work = partial(encode_one, *mine[0], encoders, vae, made_by, args) if mine else lambda: None
+        work = partial(encode_nth, found, n + pm.rank, encoders, vae, made_by, args)
         results += [result for result in faults.together(work) if result]
         if pm.is_main:
-            left = (time.perf_counter() - began) / len(results) * (len(found) - len(results))
+            each = (time.perf_counter() - began) / len(results)
+            left = each * (len(found) - len(results))
             for outcome, _ in results[n:]:
                 if outcome not in ("made", "replaced", "there"):
                     say(outcome)
@@ -111,7 +112,8 @@ def encode_videos(pm, snapshot, facts, args):
 
 def report(entries, unused, results, args):
     """Print what was made, and what a person should know before training on it."""
-    out, outcomes = Path(args.output), [outcome for outcome, _ in results]
+    out = Path(args.output)
+    outcomes = [outcome for outcome, _ in results]
     made, replaced, there = (outcomes.count(kind) for kind in ("made", "replaced", "there"))
     older = f", {replaced} in place of older ones" * (replaced > 0)
     skipped = len(results) - made - replaced - there
@@ -129,15 +131,23 @@ def report(entries, unused, results, args):
 
 
 def load_tools(tools, snapshot, pm):
-    tools.extend(of_library(snapshot.folder, lambda: (TextEncoders(snapshot, pm.device), snapshot.vae(pm.device))))
+    def load():
+        return TextEncoders(snapshot, pm.device), snapshot.vae(pm.device)
+
+    tools.extend(of_library(snapshot.folder, load))
 
 
 def size_of(file):
     """Return [bytes, a fingerprint of the beginning], by which ranks compare a file; None if it can't be read."""
     try:
-        return [file.stat().st_size, fingerprint([file], whole=0)] if file.is_file() else None
+        return [file.stat().st_size, fingerprint([file], limit=0)] if file.is_file() else None
     except (OSError, ValueError):  # encode_one reports why, e.g. a name that is not UTF-8
         return None
+
+
+def encode_nth(found, n, *tools_and_rules):
+    """Encode file n of `found`, as encode_one does. Do nothing if there are fewer files."""
+    return encode_one(*found[n], *tools_and_rules) if n < len(found) else None
 
 
 def encode_one(entry, size, encoders, vae, made_by, args):
@@ -170,7 +180,8 @@ def encode_one(entry, size, encoders, vae, made_by, args):
             raise ValueError("its latents or text are not finite")
     except (ValueError, OSError) as error:
         return f"skipping {entry.file}: {error}{f' ({target}, made before, is kept)' * older}", []
-    header = dict(made_by=json.dumps(made_by, sort_keys=True), notes=json.dumps(sorted(notes)))
+    header = dict(made_by=json.dumps(made_by, sort_keys=True))
+    header |= dict(notes=json.dumps(sorted(notes)))
     save_tensors(target, sample, **header)
     return ("replaced" if older else "made"), sorted(notes)
 
@@ -182,7 +193,8 @@ def encode_prompts(pm, snapshot, args):
         raise ValueError(f"{args.model} is a {snapshot.kind or 'text-to-video'} model: {wanted}")
     image = read_image(args.image) if args.image else None
     prompts = faults.on_main(lambda: lines_of(args.prompts))
-    texts, _ = snapshot.encode(pm, prompts, image=image, size=(args.width, args.height))
+    size = args.width, args.height
+    texts, _ = snapshot.encode(pm, prompts, image=image, size=size)
 
     def write():
         for n, prompt in enumerate(prompts):

@@ -77,10 +77,10 @@ def checksum(path):
     return [size, crc]
 
 
-def fingerprint(paths, whole=100 << 20, like=""):
+def fingerprint(paths, limit=100 << 20, like=""):
     """Return a hex string made of the names, sizes and contents of these files.
 
-    All bytes of a file of at most `whole` bytes count. Of a larger .safetensors the header and the ends of every tensor
+    All bytes of a file of at most `limit` bytes count. Of a larger .safetensors the header and the ends of every tensor
     count, of another large file 4 KiB of every MiB. like: the fingerprint to compare with; one of an earlier version is made
     as it was.
     """
@@ -90,18 +90,18 @@ def fingerprint(paths, whole=100 << 20, like=""):
     earlier = like and not like.startswith("2-")
     for path in paths[:: max(1, len(paths) // 16)] if earlier else paths:
         with open(path, "rb") as file:
-            for start, length in samples_of(path, file, whole, earlier):
+            for start, length in samples_of(path, file, limit, earlier):
                 file.seek(start)
                 digest.update(file.read(length))
     return digest.hexdigest()[:16] if earlier else f"2-{digest.hexdigest()[:16]}"
 
 
-def samples_of(path, file, whole, earlier):
+def samples_of(path, file, limit, earlier):
     """Return [(start, length)], the bytes of a file that count in its fingerprint."""
     size, ends = path.stat().st_size, []
     if earlier:
         return [(size * part // 16, 4096) for part in range(16)]
-    if size <= whole:
+    if size <= limit:
         return [(0, size)]
     header = 8 + int.from_bytes(file.read(8), "little")
     if path.suffix == ".safetensors" and header < min(size, 100 << 20):

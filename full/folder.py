@@ -44,7 +44,8 @@ class Folder:
         if not self.files:
             raise FileNotFoundError(f"no data: there is no .safetensors file in {folder}")
         self.origins, self.unsaid = {}, 0  # {facts on encoders, as JSON: a file with them}; files without
-        self.shapes, self.names = [self._shape(config, file) for file in self.files], [file.name for file in self.files]
+        self.shapes = [self._shape(config, file) for file in self.files]
+        self.names = [file.name for file in self.files]
         if len(self.origins) > 1:
             one, other = [*self.origins.values()][:2]
             raise ValueError(f"{one} and {other} were encoded by different snapshots: encode them again by one")
@@ -72,8 +73,8 @@ class Folder:
         else:
             self.unsaid += 1
         if more := sorted(set(shapes) - set(allowed)):
-            held = f"{file} holds {', '.join(more)} beside {', '.join(allowed)}, which would be ignored"
-            raise ValueError(f"{held}: text has valid tokens only, and needs no mask")
+            problem = f"{file} holds {', '.join(more)} beside {', '.join(allowed)}, which would be ignored"
+            raise ValueError(f"{problem}: text has valid tokens only, and needs no mask")
         channels, latents = config.out_channels, shapes.get("latents", [])
         fits = len(latents) == 4 and latents[0] == channels
         even = all(n >= 1 and n % p == 0 for n, p in zip(latents[1:], config.patch_size))
@@ -118,7 +119,7 @@ def contents_of(data):
         return f"{len(data)} samples"
     empty = Path(data.files[0]).with_name(Folder.EMPTY)
     files = [*data.files, *([empty] if empty.is_file() else [])]
-    return f"{len(data)} files, {fingerprint(files, whole=1 << 20)}, {zlib.crc32(repr(data.shapes).encode()):08x}"
+    return f"{len(data)} files, {fingerprint(files, limit=1 << 20)}, {zlib.crc32(repr(data.shapes).encode()):08x}"
 
 
 def check_origin(data, model):
@@ -142,19 +143,25 @@ def hold_out(data, args):
     if not args.validate_every:
         return data, None
     share = 0.05 if args.validate is None else args.validate
-    held = max(1, round(share * len(data)))
-    if held >= len(data):
+    count = max(1, round(share * len(data)))
+    if count >= len(data):
         raise ValueError(f"--validate {share} of {len(data)} samples leaves none to train on")
-    order = sorted(range(len(data)), key=lambda i: (zlib.crc32(Path(name_of(data, i)).name.encode()), i))
-    return Part(data, sorted(order[held:])), Part(data, sorted(order[:held]))
+
+    def place(i):  # depends on the sample's name alone
+        return zlib.crc32(Path(name_of(data, i)).name.encode()), i
+
+    order = sorted(range(len(data)), key=place)
+    return Part(data, sorted(order[count:])), Part(data, sorted(order[:count]))
 
 
 class Part:
     """Select some samples of a dataset, by their indices."""
 
     def __init__(self, data, indices):
-        self.data, self.indices = data, indices
-        self.shapes, self.names = ([x[i] for i in indices] if x else None for x in (data.shapes, data.names))
+        self.data = data
+        self.indices = indices
+        self.shapes = [data.shapes[i] for i in indices] if data.shapes else None
+        self.names = [data.names[i] for i in indices] if data.names else None
         if hasattr(data, "files"):
             self.files = [data.files[i] for i in indices]
 
@@ -173,13 +180,17 @@ def check_samples(pm, micro_batches, step):
     """Raise ValueError for the classic silent bug: sp ranks that work on different samples, or on one sample that each has
     augmented in its own way."""
 
-    def sums(batch):
-        tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
-        return {name: zlib.crc32(x.contiguous().view(torch.uint8).numpy()) for name, x in tensors.items()}
+    def shapes(batch):
+        return [list(batch[name].shape) for name in ("latents", "text")]
+
+    def checksums(batch):
+        tensors = {name: x.contiguous() for name, x in batch.items() if torch.is_tensor(x)}
+        return {name: zlib.crc32(x.view(torch.uint8).numpy()) for name, x in tensors.items()}
 
     facts = dict(step=step, samples=[batch["samples"] for batch in micro_batches])
-    facts |= dict(shapes=[[list(batch[name].shape) for name in ("latents", "text")] for batch in micro_batches])
-    pm.check_equal(facts | dict(contents=[sums(batch) for batch in micro_batches]), pm.sp_group)
+    facts |= dict(shapes=[shapes(batch) for batch in micro_batches])
+    facts |= dict(contents=[checksums(batch) for batch in micro_batches])
+    pm.check_equal(facts, pm.sp_group)
 
 
 def name_odd_samples(micro_batches, data):

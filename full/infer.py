@@ -93,25 +93,29 @@ def parse(argv=None):
 def infer(args):
     """Encode the prompts, build the model, sample every clip, decode and write it. Return the ParallelManager."""
     job = Job(args)
-    pm, config, stages = job.pm, job.source.config, Stages(job.pm, quiet=not job.real)
+    pm = job.pm
+    config = job.source.config
     if not job.todo:
         return pm
+    stages = Stages(pm, quiet=not job.real)
     with stages("encode"):
         texts, negative, image = job.encode()
     with stages("load"):
-        rules = dict(offload="weights" in args.offload, mlp_slices=args.mlp_slices)
-        model = job.source.build_model(args.shard, args.attention, args.compile, **rules)
+        memory = dict(offload="weights" in args.offload, mlp_slices=args.mlp_slices)
+        model = job.source.build_model(args.shard, args.attention, args.compile, **memory)
         vae = job.snapshot.vae(pm.device) if job.snapshot else None
     shape = Shapes.CLIP_SHAPE if job.toy else latent_shape(config, args.height, args.width, args.frames)
     clock = Clock(pm, args.steps, f"{args.output}-trace" if args.profile else None, wait=True)
-    bar, scores = Bar(pm, clock, len(job.mine), len(job.todo), quiet=not job.real), []
-    rules = dict(steps=args.steps, shift=args.shift or (4.0 if job.toy else 7.0), guidance=args.guidance, cfg=args.cfg)
+    bar = Bar(pm, clock, len(job.mine), len(job.todo), quiet=not job.real)
+    shift = args.shift or (4.0 if job.toy else 7.0)
+    rules = dict(steps=args.steps, shift=shift, guidance=args.guidance, cfg=args.cfg)
     rules |= dict(negative=negative, image=image, group=pm.sp_group)
+    scores = []
     for turn, clip in enumerate(job.mine):
-        text, pooled = texts[clip.prompt]
-        noise = torch.randn((1, *shape), generator=seeded("sample", clip.seed, 0)).to(pm.device)
+        text, pooled = (x.to(pm.device) for x in texts[clip.prompt])
+        noise = torch.randn((1, *shape), generator=seeded("sample", clip.seed, 0))
         with stages("denoise"), bar.watching(model):
-            latents = sample(model, noise, [text.to(pm.device)], pooled[None].to(pm.device), **rules)[0]
+            latents = sample(model, noise.to(pm.device), [text], pooled[None], **rules)[0]
         check_finite(latents, clip.prompt)
         with stages("decode"):
             pixels = decode(vae, latents, pm.sp_group) if vae else None
@@ -122,8 +126,8 @@ def infer(args):
         if args.score and writes:
             scores.append((clip.prompt, Shapes.measure(latents.cpu())))
         with stages("write"):
-            writes = writes and not args.score
-            faults.together(partial(clip.write, latents.cpu(), pixels, job.toy) if writes else lambda: None)
+            write = partial(clip.write, latents.cpu(), pixels, job.toy)
+            faults.together(write if writes and not args.score else lambda: None)
         del pixels  # 2 GB at 720p
     report(pm, args, scores, clock, stages, job.toy)
     return pm
@@ -133,7 +137,9 @@ class Job:
     """Decide what to sample: where the model comes from, which clips to make, and which of them this rank's group makes."""
 
     def __init__(self, args):
-        self.args, (self.snapshot, config, self.image) = args, check_args(args)
+        check_args(args)
+        self.args = args
+        self.snapshot, config, self.image = resolve_inputs(args)
         limit_memory(args.memory, args.device)
         self.pm = faults.init(args.dp, args.sp, args.device, args.timeout)
         compare_ranks(self.pm, args)
@@ -143,14 +149,15 @@ class Job:
         self.real = bool(args.weights or self.source.path) and not self.toy  # else clips are always made anew
         prompts = read_prompts(args, self.source.config)
         if not args.score:
-            whole = args.output.endswith("/")
-            claim(args.output if whole else Path(args.output).parent, None if whole else Path(args.output).name)
+            path = Path(args.output)
+            claim(*([path] if args.output.endswith("/") else [path.parent, path.name]))
         shared = made_of(args, self.source, self.snapshot)
         self.pm.check_equal(dict(shared=shared), self.pm.world_group)
         self.todo = self.leave_out_made(make_clips(args, prompts, shared))
         # all ranks take the same number of steps, so a group with fewer clips repeats the last one of all
         self.mine = self.todo[self.pm.dp_rank :: self.pm.dp_size]
-        self.surplus = len(self.mine) < -(-len(self.todo) // self.pm.dp_size)
+        rounds = -(-len(self.todo) // self.pm.dp_size)
+        self.surplus = len(self.mine) < rounds
         self.mine += self.todo[-1:] * self.surplus
 
     def leave_out_made(self, clips):
@@ -158,7 +165,8 @@ class Job:
         if self.args.score:
             return clips
         todo = faults.on_main(lambda: [clip for clip in clips if not (self.real and clip.is_made())])
-        taken = faults.on_main(lambda: [clip.name for clip in todo if not self.args.overwrite and clip.is_taken()])
+        kept = [] if self.args.overwrite else todo
+        taken = faults.on_main(lambda: [clip.name for clip in kept if clip.is_taken()])
         if taken:
             names = ", ".join(taken[:3]) + ", .." * (len(taken) > 3)
             ways = "--overwrite replaces them, another --output keeps them"
@@ -169,22 +177,22 @@ class Job:
 
     def encode(self):
         """Return {prompt: (text, pooled)}, the negative ([text], pooled [1, ..]), and the image's latents or None."""
-        args, size = self.args, (self.args.width, self.args.height)
+        args = self.args
+        size = args.width, args.height
         prompts = sorted({clip.prompt for clip in self.todo})
         if self.snapshot and not args.embeds:
             device = torch.device("cpu") if "encoders" in args.offload else self.pm.device
-            texts, negative = self.snapshot.encode(self.pm, prompts, args.negative_prompt, self.image, size, device)
+            given = prompts, args.negative_prompt, self.image, size
+            texts, negative = self.snapshot.encode(self.pm, *given, device)
         else:
             texts, negative = embed_prompts(args, self.source.config, prompts)
-        negative = [negative[0].to(self.pm.device)], negative[1].to(self.pm.device)[None]
-        return texts, negative, self.snapshot.encode_image(self.pm, self.image, size) if self.image else None
+        text, pooled = (x.to(self.pm.device) for x in negative)
+        image = self.snapshot.encode_image(self.pm, self.image, size) if self.image else None
+        return texts, ([text], pooled[None]), image
 
 
 def check_args(args):
-    """Return the snapshot of --model, the config, if flags have it, and the image, or None, before the ranks meet.
-
-    ValueError for flags that are out of range, or do not go together. Fills in what follows from other flags.
-    """
+    """Raise ValueError for flags that are out of range, or do not go together."""
     check_range(args, "steps score clips sp dp mlp_slices", 1)
     check_range(args, "memory", 2)
     check_range(args, "shift", 1e-9)
@@ -197,6 +205,14 @@ def check_args(args):
         attention_kernel(args.attention)
     if not args.output.endswith("/") and not Path(args.output).name:
         raise ValueError(f"--output {args.output!r} is not a name: end a folder with /")
+    lora_files(args.lora)
+
+
+def resolve_inputs(args):
+    """Return (the snapshot of --model or None, the config if the flags give it, the image or None), before the ranks meet.
+
+    It fills in flags that follow from others. ValueError if they do not fit the model.
+    """
     find_model(args, PARTS + (ENCODERS + ["image_processor"]) * (not args.embeds))
     snapshot = Snapshot(args.model, encoders=not args.embeds) if args.model is not None else None
     config = resolve(args)
@@ -206,17 +222,17 @@ def check_args(args):
     image = read_image(args.image) if args.image else None
     if config and config.out_channels != 3:
         latent_shape(config, args.height, args.width, args.frames)
-    lora_files(args.lora)
     return snapshot, config, image
 
 
 def compare_ranks(pm, args):
-    """Raise ValueError if ranks have other flags or files; settle what depends on the device."""
+    """Raise ValueError if ranks have other flags or files; fill in the flags that depend on the device."""
     files = [*(args.embeds or ()), args.prompts]
     if auto := args.attention == "auto":
         args.attention = fastest_kernel(pm.device)
     facts = dict(torch=torch.__version__, device_type=pm.device.type)
-    facts["files"] = [fingerprint([file]) for file in files if file and Path(file).is_file()]
+    existing = [file for file in files if file and Path(file).is_file()]
+    facts["files"] = [fingerprint([file]) for file in existing]
     pm.check_equal(vars(args) | facts, pm.world_group)
     args.dtype = str(compute_dtype(args, pm.device)).removeprefix("torch.")
     if auto and pm.is_main and pm.device.type == "cuda":
@@ -224,7 +240,7 @@ def compare_ranks(pm, args):
 
 
 def made_of(args, source, snapshot):
-    """Return what all clips are made of: weights, config, encoders, template; an image is read whole."""
+    """Return fingerprints of what all clips are made of: weights, config, encoders, template, image."""
     facts = [source.facts(), asdict(source.config)]
     facts += [snapshot.facts(), template_of(snapshot.kind)] if snapshot else []
     facts += [fingerprint([args.negative_embeds])] if args.negative_embeds else []

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from full.files import fingerprint, save_tensors
 from full.lora_files import files_of, read_lora
 from full.names import export_weight
-from full.weights import whole
+from full.weights import gathered
 from hunyuan_sp import assign
 
 
@@ -63,7 +63,8 @@ def save_lora(model, file, naming="original", **facts):
     """
     tensors, rank = {}, 0
     for name, layer in layers_of(model):
-        a, b = whole(layer.lora_A).cpu(), whole(layer.lora_B).cpu() * layer.scale
+        a = gathered(layer.lora_A).cpu()
+        b = gathered(layer.lora_B).cpu() * layer.scale
         rank, alpha = len(a), layer.scale * len(a)
         for theirs, rows in export_weight(model.config, f"{name}.weight", b, naming).items():
             stem = "transformer." + theirs.removesuffix("weight")

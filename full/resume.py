@@ -64,11 +64,11 @@ def end_run(out, tag):
     on_main(lambda: replace_file(Path(out) / "run.json", json.dumps(dict(run=tag, done=True))))
 
 
-def what_is_trained(args, weights, held):
+def what_is_trained(args, weights, held_out):
     """Return the facts, besides the config, that a checkpoint and a resumed run must agree on. A LoRA's checkpoint lacks the
     frozen weights, so their fingerprint is one of them."""
     lora = [args.lora, args.lora_alpha or args.lora, weights] if args.lora else None
-    return dict(lora=lora, ema=args.ema > 0, held_out=len(held or ()))
+    return dict(lora=lora, ema=args.ema > 0, held_out=len(held_out or ()))
 
 
 def check_same(config, trained, state, path):

@@ -87,22 +87,22 @@ def test_a_fingerprint_is_of_what_is_in_a_file(tmp_path):
     file = tmp_path / "a.safetensors"
     tensors = {f"t{n}": draws(n, torch.float32)(40, 50) for n in range(30)}
     save_file(tensors, file, dict(alpha="4"))
-    first, large, data = fingerprint([file]), fingerprint([file], whole=100), file.read_bytes()
+    first, large, data = fingerprint([file]), fingerprint([file], limit=100), file.read_bytes()
     for place in range(8, len(data), len(data) // 97):
         file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         assert fingerprint([file]) != first
     for name in tensors:  # any tensor that is another one
         save_file(tensors | {name: tensors[name] + 1}, file, dict(alpha="4"))
-        assert fingerprint([file], whole=100) != large, name
+        assert fingerprint([file], limit=100) != large, name
     save_file(tensors, file, dict(alpha="8"))
-    assert fingerprint([file], whole=100) != large
+    assert fingerprint([file], limit=100) != large
     file.write_bytes(data)
-    assert (fingerprint([file]), fingerprint([file], whole=100)) == (first, large)
+    assert (fingerprint([file]), fingerprint([file], limit=100)) == (first, large)
     earlier = fingerprint([file], like="9551d7010b597759")
     assert len(earlier) == 16 and not earlier.startswith("2-")
     for odd in (b"", b"x" * 3000, data[:50], b"\xff" * 300):
         file.write_bytes(odd)
-        assert fingerprint([file], whole=0).startswith("2-")
+        assert fingerprint([file], limit=0).startswith("2-")
 
 
 def sample(file, value=1.0, **made_by):

@@ -18,7 +18,7 @@ from full.names import diffusers_config, export_weight, names_in, naming_of, swa
 from hunyuan_sp import assign
 
 
-def whole(param):
+def gathered(param):
     """Return a parameter's values, gathered if it is sharded."""
     return (param.full_tensor() if isinstance(param, DTensor) else param).detach()
 
@@ -181,7 +181,7 @@ def save_weights(model, folder, naming="original", dtype=torch.bfloat16, shard_b
         for key in keys:
             name, param = origin[key]
             if key not in exported:
-                full = whole(param).to("cpu", dtype)
+                full = gathered(param).to("cpu", dtype)
                 check_values(name, full)
                 exported = export_weight(model.config, name, full, naming)
             shard[key] = exported[key]
