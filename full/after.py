@@ -18,9 +18,14 @@ def after_training(pm, args, config, shape):
     prompt = ["--prompt", args.sample_prompt or "a cat walks on the grass"]
     if config.out_channels == 3:
         prompt[1] = args.sample_prompt or "a blue circle moves up"
-        return next_command(pm, "infer", *([] if args.out == "out" else ["--checkpoint", args.out]), *prompt)
-    base = ["--model", args.named] if args.model else ["--weights", args.weights] if args.lora else []
-    what = ["--lora", f"{args.out}/lora.safetensors"] if args.lora else ["--checkpoint", args.out]
+        checkpoint = [] if args.out == "out" else ["--checkpoint", args.out]
+        return next_command(pm, "infer", *checkpoint, *prompt)
+    base = ["--weights", args.weights] if args.lora else []
+    if args.model:
+        base = ["--model", args.named]
+    trained = ["--lora", f"{args.out}/lora.safetensors"] if args.lora else ["--checkpoint", args.out]
+    _, frames, height, width = shape
+    size = ["--height", 8 * height, "--width", 8 * width, "--frames", 4 * frames - 3]
     image = ["--image", "FIRST.png"] if config.image_condition_type else []
-    size = ["--height", shape[2] * 8, "--width", shape[3] * 8, "--frames", shape[1] * 4 - 3]
-    return next_command(pm, "infer", *base, *what, *size, *image, *(prompt if args.model else ["--embeds", "FILE"]))
+    words = prompt if args.model else ["--embeds", "FILE"]
+    return next_command(pm, "infer", *base, *trained, *size, *image, *words)

@@ -79,9 +79,11 @@ class Checkpoints:
         on_main(partial(make_empty, temporary))
         if beside:
             together(partial(beside, temporary))
-        tensors, held, files = _tensors(model, optimizer, more), 0, {}
+        tensors, files = _tensors(model, optimizer, more), {}
+        so_far = 0  # bytes
         for name, tensor in tensors.items():  # each rank builds a file in memory before it writes it
-            files[name], held = 1 + held // (FILE_BYTES * manager.world_size), held + tensor.numel() * tensor.itemsize
+            files[name] = 1 + so_far // (FILE_BYTES * manager.world_size)
+            so_far += tensor.numel() * tensor.itemsize
         writer = dcp.HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
         start = dcp.async_save if copy else _save_at_once
         written = start(tensors, storage_writer=writer, process_group=self.group)
@@ -94,7 +96,8 @@ class Checkpoints:
         """Wait, in a thread, until all ranks have written; return the checksums of this rank's share of the files."""
         written.result()
         files = sorted(temporary.glob("*.safetensors"))
-        return {file.name: checksum(file) for file in files[self.manager.rank :: self.manager.world_size]}
+        mine = files[self.manager.rank :: self.manager.world_size]
+        return {file.name: checksum(file) for file in mine}
 
     def _finish_save(self, temporary, manifest, keep, patience):
         def wait():
@@ -115,13 +118,15 @@ class Checkpoints:
         """Write the manifest, then rename the folder, which says that it is complete. Only rank 0 calls this."""
         final = self.folder / f"step-{manifest['step']}"
         # a counter gives the order, since a clock may be set back
-        serial = 1 + max([there["serial"] for _, there in manifests(self.folder) if there], default=0)
+        serials = [other["serial"] for _, other in manifests(self.folder) if other]
+        serial = 1 + max(serials, default=0)
         write_manifest(temporary, manifest | dict(serial=serial))
         if final.exists():
             remove(final)
         os.rename(temporary, final)
         # only checkpoints of this run; those of train_min.py, which have no checksums, are never removed
-        same = [path for path, m in manifests(self.folder) if m and m["files"] and m["tag"] == manifest["tag"]]
+        complete = [(path, other) for path, other in manifests(self.folder) if other and other["files"]]
+        same = [path for path, other in complete if other["tag"] == manifest["tag"]]
         for path in same[keep:] if keep else []:
             remove(path)
 
@@ -213,14 +218,19 @@ def _or_oserror(problem, function):
 def manifests(folder):
     """Return [(step-N folder, manifest)]: first those with a damaged manifest (None), then the newest ones first. Links are
     ignored."""
-    found = [p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+    named = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     read = []
-    for path in (p for p in found if not p.is_symlink()):
+    for path in (path for path in named if path.is_dir() and not path.is_symlink()):
         try:
             read.append((path, read_manifest(path)))
         except ValueError:
             read.append((path, None))
-    return sorted(read, key=lambda r: (r[1]["serial"] if r[1] else math.inf, int(r[0].name[5:])), reverse=True)
+
+    def age(pair):
+        path, manifest = pair
+        return manifest["serial"] if manifest else math.inf, int(path.name.removeprefix("step-"))
+
+    return sorted(read, key=age, reverse=True)
 
 
 def make_empty(folder):
@@ -238,8 +248,14 @@ def remove(checkpoint):
 
 def write_manifest(folder, manifest):
     """Write manifest.json with its own crc32."""
-    text = json.dumps(manifest, sort_keys=True)
-    replace_file(folder / "manifest.json", json.dumps(manifest | dict(crc32=zlib.crc32(text.encode())), indent=1))
+    manifest = manifest | dict(crc32=crc32_of(manifest))
+    replace_file(folder / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def crc32_of(manifest):
+    """Return the crc32 of a manifest without its own crc32."""
+    content = {name: value for name, value in manifest.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def read_manifest(folder):
@@ -248,12 +264,12 @@ def read_manifest(folder):
         manifest = read_json(Path(folder) / "manifest.json")
         if "files" not in manifest and "crc32" not in manifest:  # train_min.py's
             return dict(tag="", files={}) | manifest
-        text = json.dumps({k: v for k, v in manifest.items() if k != "crc32"}, sort_keys=True)
-        if zlib.crc32(text.encode()) != manifest["crc32"] or not manifest["files"]:
+        if crc32_of(manifest) != manifest["crc32"] or not manifest["files"]:
             raise ValueError("its crc32 differs")
     except (ValueError, KeyError) as error:
         raise ValueError(f"manifest.json is not what was saved: {sentence_of(error)}") from None
-    if foreign := sorted({path.name for path in Path(folder).glob("*.safetensors")} - set(manifest["files"])):
+    names = {path.name for path in Path(folder).glob("*.safetensors")}
+    if foreign := sorted(names - set(manifest["files"])):
         raise ValueError(f"{foreign[0]} is not in its manifest")
     return dict(serial=0) | manifest
 

@@ -26,17 +26,22 @@ def in_slices(function, count, *inputs):
     """Apply a function of single tokens to slices of inputs [B, L, ..] -> [B, L, C]. Backward recomputes them one by one."""
     if torch.is_grad_enabled():
         function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([function(*parts) for parts in zip(*(x.tensor_split(count, 1) for x in inputs))], 1)
+    slices = zip(*(x.tensor_split(count, 1) for x in inputs))
+    return torch.cat([function(*parts) for parts in slices], 1)
 
 
 def single_block(block, count, x, vec, rope, attend, still=None):
     """Compute SingleBlock.forward in another order: q, k, v and attention first, then the MLP in slices."""
     (mod,) = block.modulation(vec, still)
-    width, y = 3 * x.shape[2], modulate(layer_norm(x), mod)
+    width = 3 * x.shape[2]
+    y = modulate(layer_norm(x), mod)
     q, k, v = split_qkv(rows_of(block.linear1, y, 0, width), block.num_heads)
-    qkv = torch.stack((rotate(block.q_norm(q), rope), rotate(block.k_norm(k), rope), v), 2)
+    q = rotate(block.q_norm(q), rope)
+    k = rotate(block.k_norm(k), rope)
+    qkv = torch.stack((q, k, v), 2)
     del q, k, v
-    return x + mod.gate * in_slices(partial(single_mlp, block, width), count, y, attend(qkv))
+    out = in_slices(partial(single_mlp, block, width), count, y, attend(qkv))
+    return x + mod.gate * out
 
 
 def single_mlp(block, width, y, out):
@@ -51,5 +56,6 @@ def rows_of(linear, x, start, stop):
     out = F.linear(x, linear.weight[start:stop], linear.bias[start:stop])
     if not hasattr(linear, "lora_A"):
         return out
-    a, b = linear.lora_A.to(x.dtype), linear.lora_B[start:stop].to(x.dtype)
+    a = linear.lora_A.to(x.dtype)
+    b = linear.lora_B[start:stop].to(x.dtype)
     return out + linear.scale * F.linear(F.linear(x, a), b)

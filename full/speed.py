@@ -15,9 +15,12 @@ def forward_flops(config, video, text, linears=1, attention=1):
 
     video, text: its tokens, the valid ones. linears, attention: factors; 3 for training, 2 for linears with frozen weights.
     """
-    dim, blocks, n = config.hidden_size, config.double_depth + config.single_depth, video + text
-    of_linears = (8 + 4 * config.mlp_ratio) * dim * dim * n * blocks
-    return linears * of_linears + attention * 4 * dim * n * n * blocks
+    dim = config.hidden_size
+    blocks = config.double_depth + config.single_depth
+    tokens = video + text
+    of_linears = (8 + 4 * config.mlp_ratio) * dim * dim * tokens * blocks
+    of_attention = 4 * dim * tokens * tokens * blocks
+    return linears * of_linears + attention * of_attention
 
 
 def work_of(pm, config, micro_batches, args):
@@ -28,8 +31,10 @@ def work_of(pm, config, micro_batches, args):
         text = sum(batch["lengths"]) / len(batch["lengths"])
         tokens += count_tokens(batch, config)
         # frozen weights need no gradients
-        flops += batch["weight"].sum().item() * forward_flops(config, video, text, 2 if args.lora else 3, 3)
-    return pm.sum(torch.tensor([tokens, flops], dtype=torch.float64), pm.dp_group).tolist()
+        of_sample = forward_flops(config, video, text, 2 if args.lora else 3, 3)
+        flops += batch["weight"].sum().item() * of_sample
+    mine = torch.tensor([tokens, flops], dtype=torch.float64)
+    return pm.sum(mine, pm.dp_group).tolist()
 
 
 class Clock:
@@ -42,10 +47,14 @@ class Clock:
     PEAK_TFLOPS = dict(A100=312, H100=989, H200=989, B200=2250)  # dense bf16, by the vendor's datasheets
 
     def __init__(self, pm, steps, traces=None, wait=False):
-        self.pm, self.steps, self.traces, self.wait = pm, steps, traces, wait and pm.device.type == "cuda"
+        self.pm = pm
+        self.cuda = pm.device.type == "cuda"
+        self.steps = steps
+        self.traces = traces
+        self.wait = wait and self.cuda
         self.seconds, self.work, self.profiler = [], [], None
         if traces:
-            gpu = [ProfilerActivity.CUDA] * (pm.device.type == "cuda")
+            gpu = [ProfilerActivity.CUDA] * self.cuda
             self.profiler = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)
 
     def start(self):
@@ -63,7 +72,7 @@ class Clock:
         """End a step. tokens, flops: those of all ranks."""
         self.seconds.append(self.now() - self.began)
         self.work.append((tokens, flops))
-        self.peak = torch.cuda.max_memory_allocated() if self.pm.device.type == "cuda" else 0
+        self.peak = torch.cuda.max_memory_allocated() if self.cuda else 0
         if self.profiler and len(self.seconds) == self.steps:
             self.profiler.stop()
             self.profiler.export_chrome_trace(f"{self.traces}-{self.pm.rank}.json.gz")
@@ -71,22 +80,27 @@ class Clock:
     def rates(self, step=-1):
         """Return one step's figures for all ranks together; tflops and mfu, the share of a known GPU's peak, are per
         rank."""
-        seconds, (tokens, flops), cuda = self.seconds[step], self.work[step], self.pm.device.type == "cuda"
+        seconds = self.seconds[step]
+        tokens, flops = self.work[step]
         tflops = flops / seconds / 1e12 / self.pm.world_size
         figures = dict(s_per_step=round(seconds, 4), tokens_per_s=round(tokens / seconds))
         figures |= dict(tflops_per_rank=round(tflops, 4))
-        if not cuda:
-            return figures | dict(peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
+        if not self.cuda:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+            return figures | dict(peak_gib=round(peak / 2**20, 2))
         name = torch.cuda.get_device_name(self.pm.device)
-        if peak := next((peak for gpu, peak in self.PEAK_TFLOPS.items() if gpu in name), None):
-            figures |= dict(mfu=round(tflops / peak, 4))
-        memory = dict(peak_gib=self.peak, resident_gib=torch.cuda.memory_allocated())
-        return figures | {name: round(value / 2**30, 2) for name, value in memory.items()}
+        for gpu, peak_tflops in self.PEAK_TFLOPS.items():
+            if gpu in name:
+                figures |= dict(mfu=round(tflops / peak_tflops, 4))
+        resident = torch.cuda.memory_allocated()
+        return figures | dict(peak_gib=round(self.peak / 2**30, 2), resident_gib=round(resident / 2**30, 2))
 
     def report(self):
         """Return the median step's figures without the first two steps, which compile, allocate, and in training multiply
         zeros (blocks start as identities)."""
-        counted = len(self.seconds) - bool(self.profiler and len(self.seconds) == self.steps > 1)
+        profiled = self.profiler and len(self.seconds) == self.steps > 1
+        counted = len(self.seconds) - bool(profiled)
         timed = range(2, counted) or range(counted)[-1:]
-        median = sorted(timed, key=lambda step: self.seconds[step])[len(timed) // 2]
+        by_seconds = sorted(timed, key=lambda step: self.seconds[step])
+        median = by_seconds[len(timed) // 2]
         return self.rates(median) | dict(timed_steps=max(0, counted - 2))
