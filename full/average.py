@@ -15,18 +15,17 @@ class Average:
     """
 
     def __init__(self, model, decay):
-        self.updates, self.decay, trained = (
-            0,
-            decay,
-            ((n, p) for n, p in model.named_parameters() if decay and p.requires_grad),
-        )
-        self.params = {name: param.detach() for name, param in trained}
+        self.updates = 0
+        self.decay = decay
+        trained = {name: param for name, param in model.named_parameters() if decay and param.requires_grad}
+        self.params = {name: param.detach() for name, param in trained.items()}
         self.values = {name: param.clone() for name, param in self.params.items()}
 
     def update(self, skip=False):
         """Add the parameters after an optimizer step, unless that step was skipped (`skip`)."""
         if self.params and not skip:
-            values, params = ([x.to_local() for x in tensors.values()] for tensors in (self.values, self.params))
+            values = [value.to_local() for value in self.values.values()]
+            params = [param.to_local() for param in self.params.values()]
             self.updates += 1
             torch._foreach_lerp_(values, params, max(1 - self.decay, 1 / self.updates))
 

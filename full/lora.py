@@ -27,15 +27,19 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, linear, rank, scale):
         super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.weight, self.bias, self.scale, bound = linear.weight, linear.bias, scale, linear.in_features**-0.5
-        like = dict(device=linear.weight.device, dtype=torch.promote_types(linear.weight.dtype, torch.float32))
-        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like).uniform_(-bound, bound))
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        like = dict(device=linear.weight.device, dtype=dtype)
+        bound = linear.in_features**-0.5
+        a = torch.empty(rank, linear.in_features, **like)
+        self.lora_A = nn.Parameter(a.uniform_(-bound, bound))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
 
     def forward(self, x):
         # FSDP2 casts them to the dtype of the computation; without FSDP2 they are cast here
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return super().forward(x) + self.scale * F.linear(F.linear(x, a), b)
+        update = F.linear(F.linear(x, a), b)
+        return super().forward(x) + self.scale * update
 
 
 def add_lora(model, rank, alpha=None):
@@ -47,13 +51,16 @@ def add_lora(model, rank, alpha=None):
     for block in model.blocks:
         for name, linear in [*block.named_modules()]:
             if isinstance(linear, nn.Linear) and "mod" not in name:
-                module, _, last = name.rpartition(".")
-                setattr(block.get_submodule(module), last, LoRALinear(linear, rank, (alpha or rank) / rank))
+                parent, _, last = name.rpartition(".")
+                layer = LoRALinear(linear, rank, (alpha or rank) / rank)
+                setattr(block.get_submodule(parent), last, layer)
 
 
 def layers_of(model):
     """Yield (name, layer) of each layer with a LoRA."""
-    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield name, module
 
 
 def save_lora(model, file, naming="original", **facts):
@@ -70,7 +77,8 @@ def save_lora(model, file, naming="original", **facts):
             stem = "transformer." + theirs.removesuffix("weight")
             tensors |= {f"{stem}lora_A.weight": a.clone(), f"{stem}lora_B.weight": rows.clone()}
     # in the file alpha equals rank, since B holds the rest
-    header = dict(rank=rank, alpha=rank, trained_alpha=alpha, date=time.strftime("%Y-%m-%dT%H:%M:%S"), **facts)
+    date = time.strftime("%Y-%m-%dT%H:%M:%S")
+    header = dict(rank=rank, alpha=rank, trained_alpha=alpha, date=date, **facts)
     header |= {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "hunyuan-video/lora",
@@ -79,7 +87,8 @@ def save_lora(model, file, naming="original", **facts):
         "modelspec.date": header["date"],
     }
     if not dist.is_initialized() or dist.get_rank() == 0:
-        save_tensors(file, tensors, **{name: str(value) for name, value in header.items()})
+        strings = {name: str(value) for name, value in header.items()}
+        save_tensors(file, tensors, **strings)
 
 
 @torch.no_grad()
@@ -99,10 +108,12 @@ def init_lora(model, file):
             raise ValueError(
                 f"{file} has {name} of rank {len(parts[0].b.T)}, not a whole layer of rank {len(layer.lora_A)}"
             )
-        if any(part.a is None or not torch.equal(part.a, a) for part in parts):
+        same = [part.a is not None and torch.equal(part.a, a) for part in parts]
+        if not all(same):
             raise ValueError(f"{file} has an A of its own for parts of {name}, which is one layer here")
         assign(layer.lora_A, a)
-        assign(layer.lora_B, torch.cat([part.scale * part.b for part in parts]) / layer.scale)
+        b = torch.cat([part.scale * part.b for part in parts])
+        assign(layer.lora_B, b / layer.scale)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def say(text, live=False, end=True, raw=False):
 
 def say_some(text, step, steps, shown, always=False):
     """Print a step's line: on a terminal every one, in place of the last; elsewhere about `shown` of them."""
-    if always or sys.stdout.isatty() or step % max(1, steps // shown) == 0 or step == steps:
+    turn = step % max(1, steps // shown) == 0 or step == steps
+    if always or turn or sys.stdout.isatty():
         say(text, live=True, end=step == steps)
 
 
@@ -43,8 +44,14 @@ def curve(values, columns=64, rows=8):
     edges = [len(values) * i // columns for i in range(columns + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
     low, high = min(means), max(means)
-    heights = [(v - low) / ((high - low) or 1) * (8 * rows - 1) + 1 for v in means]
-    lines = ["".join(" ▁▂▃▄▅▆▇█"[min(8, max(0, round(h - 8 * row)))] for h in heights) for row in reversed(range(rows))]
+    scale = (8 * rows - 1) / ((high - low) or 1)
+    heights = [scale * (mean - low) + 1 for mean in means]  # in eighths of a character
+
+    def line(row):
+        eighths = [min(8, max(0, round(height - 8 * row))) for height in heights]
+        return "".join(" ▁▂▃▄▅▆▇█"[n] for n in eighths)
+
+    lines = [line(row) for row in reversed(range(rows))]
     labels = [f"{high:.4f}", *[""] * (rows - 2), f"{low:.4f}"]
     return "\n".join(f"{label:>10} │{line}" for label, line in zip(labels, lines)) + f"\n{'loss':>10} └{'─' * columns}"
 
@@ -57,11 +64,15 @@ class Progress:
     """Report a training run on the screen and in log.jsonl."""
 
     def __init__(self, pm, model, data, args, start):
-        self.pm, self.args, self.start, self.losses, self.skipped = pm, args, start, [], 0
+        self.pm = pm
+        self.args = args
+        self.start = start
+        self.losses, self.skipped = [], 0
         if not pm.is_main:
             return
         nothing = f" of {args.steps}: nothing to do" if start >= args.steps else ""
-        total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= kind) for kind in (0, 1))
+        total = sum(param.numel() for param in model.parameters())
+        trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
         some = f", {trained:,} of them trained," * (trained < total)
         say(
             f"{total:,} parameters{some} on {pm.world_size} x {pm.device.type} = dp {pm.dp_size} x sp {pm.sp_size}, "
@@ -86,8 +97,10 @@ class Progress:
         if not self.pm.is_main:
             return
         speed, steps, seconds = clock.rates(), self.args.steps, clock.seconds[-1]
-        self._write(step, dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped) | speed | more)
-        recent = [loss for loss in self.losses if math.isfinite(loss)][-20:] or [math.nan]
+        entry = dict(step=step, loss=loss, grad_norm=norm, lr=lr, skipped=skipped)
+        self._write(step, entry | speed | more)
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        recent = finite[-20:] or [math.nan]
         left = (steps - step) * sum(clock.seconds) / len(self.losses)
         mfu = f" · MFU {100 * speed['mfu']:.1f} %" if "mfu" in speed else ""
         self.say_validation(step, more)
@@ -119,8 +132,9 @@ class Progress:
             say(f"step {step}: loss {more['validation_loss']:.5f} on the held-out samples")
 
     def _write(self, step, entry):
-        # JSON has no NaN
-        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        for name, value in entry.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                entry = entry | {name: None}  # JSON has no NaN
         try:
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
@@ -140,7 +154,8 @@ class Progress:
         if not self.pm.is_main:
             return
         if self.losses:
-            say(curve([loss for loss in self.losses if math.isfinite(loss)] or [0.0]))
+            finite = [loss for loss in self.losses if math.isfinite(loss)]
+            say(curve(finite or [0.0]))
             say(json.dumps(clock.report() | dict(skipped=self.skipped)))
         why = ", stopped by a signal" if step < self.args.steps else ""
         say(f"saved {self.args.out}/step-{saved}{why}" if saved else f"nothing saved{why}")
@@ -166,7 +181,8 @@ class Stages:
     @contextlib.contextmanager
     def __call__(self, name):
         cuda, began = self.pm.device.type == "cuda", time.perf_counter()
-        if self.shows and name in self.NAMES and (name not in self.spent or sys.stdout.isatty()):
+        first = name not in self.spent
+        if self.shows and name in self.NAMES and (first or sys.stdout.isatty()):
             say(f"{self.NAMES[name]} ..", live=True, end=False)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -176,7 +192,11 @@ class Stages:
         self.spent[name] = seconds + time.perf_counter() - began, max(most, gib)
 
     def report(self):
-        return {name: dict(s=round(seconds, 2), gib=round(gib, 2)) for name, (seconds, gib) in self.spent.items()}
+        """Return {name: {"s": seconds, "gib": peak memory}}."""
+        figures = {}
+        for name, (seconds, gib) in self.spent.items():
+            figures[name] = dict(s=round(seconds, 2), gib=round(gib, 2))
+        return figures
 
 
 class Bar:
@@ -184,8 +204,12 @@ class Bar:
     round."""
 
     def __init__(self, pm, clock, rounds, clips, quiet=False):
-        self.pm, self.clock, self.steps, self.clips = pm, clock, rounds * clock.steps, clips
-        self.done, self.spent, self.shows = 0, 0.0, pm.is_main and not quiet
+        self.pm = pm
+        self.clock = clock
+        self.clips = clips
+        self.steps = rounds * clock.steps
+        self.shows = pm.is_main and not quiet
+        self.done, self.spent = 0, 0.0
 
     @contextlib.contextmanager
     def watching(self, model):

@@ -39,7 +39,7 @@ def read_frames(file, args, notes=None):
     frames, shown, size, until = [], None, None, 0.0
     with one_sentence(f"it is not {'an image' if picture else 'a video'} that can be read"):
         for start, end, image in source:
-            frames += [shown] * (min(args.frames, math.ceil((start - 1e-3) * 24)) - len(frames))
+            frames += [shown] * (frames_until(start, args.frames) - len(frames))
             if len(frames) == args.frames:
                 notes.add(f"longer than the {args.frames / 24:.2f} s that are used")
                 break
@@ -49,12 +49,17 @@ def read_frames(file, args, notes=None):
             if max(size[0] / image.width, size[1] / image.height) > 1.02:
                 notes.add("enlarged")
             shown, until = ImageOps.fit(image, size, Image.Resampling.LANCZOS), end
-        frames += [shown] * (min(args.frames, math.ceil((until - 1e-3) * 24)) - len(frames))
+        frames += [shown] * (frames_until(until, args.frames) - len(frames))
     if not frames:
         raise ValueError("it has no frames")
     if len(frames) < min(5, args.frames) and not picture:
         notes.add("of one frame, being shorter than 5")
     return frames[: (len(frames) - 1) // 4 * 4 + 1]
+
+
+def frames_until(seconds, most):
+    """Return how many frames there are in so many seconds, 24 each, and at most `most`."""
+    return min(most, math.ceil((seconds - 1e-3) * 24))
 
 
 class Refused(ValueError):
@@ -118,14 +123,17 @@ def images_of_video(file, seconds, notes):
         best = video.streams.best("video")
         stream = best if best in streams else streams[0]
         rate, pixel = float(stream.average_rate or stream.guessed_rate or 24), float(stream.sample_aspect_ratio or 1)
-        whole = float(stream.duration * stream.time_base) if stream.duration else (video.duration or 0) / av.time_base
+        duration = (video.duration or 0) / av.time_base
+        if stream.duration:
+            duration = float(stream.duration * stream.time_base)
         if video.format.name == "avi":  # its duration is a guess if its index is cut off
-            whole = stream.frames / rate
+            duration = stream.frames / rate
         head = {tag: getattr(stream.codec_context, tag) for tag in UNTAGGED}
         first, count, reached = None, 0, 0.0
         for packet in video.demux():
             if packet.pts is not None and (packet.stream is stream or not stream.duration):
-                reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                end = packet.pts + (packet.duration or 0)
+                reached = max(reached, float(end * packet.time_base))
             for frame in packet.decode() if packet.stream is stream else ():
                 time = count / rate if frame.time is None else frame.time
                 first, count = time if first is None else first, count + 1
@@ -140,8 +148,10 @@ def images_of_video(file, seconds, notes):
                 notes |= {"HLG, read as SDR screens show it"} if frame.color_trc == 18 else set()
                 notes |= {"interlaced"} if frame.interlaced_frame else set()
                 yield *times, image_of(frame, pixel)
-        if reached < min(whole - max(0.1, 2 / rate), (first or 0) + seconds - 0.5 / rate):
-            raise Refused(f"it is cut off: {reached:.2f} s of {whole:.2f} s are there")
+        expected = duration - max(0.1, 2 / rate)
+        needed = (first or 0) + seconds - 0.5 / rate
+        if reached < min(expected, needed):
+            raise Refused(f"it is cut off: {reached:.2f} s of {duration:.2f} s are there")
 
 
 def image_of(frame, pixel):
@@ -156,7 +166,8 @@ def image_of(frame, pixel):
     alpha = any(part.is_alpha for part in frame.format.components)
     image = on_white(Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24", **colours)))
     if pixel != 1:
-        image = image.resize((round(frame.width * pixel), frame.height), Image.Resampling.LANCZOS)
+        size = round(frame.width * pixel), frame.height
+        image = image.resize(size, Image.Resampling.LANCZOS)
     return image.rotate(frame.rotation, expand=True)
 
 
@@ -164,9 +175,12 @@ def bucket(width, height, area):
     """Return the (width, height) in steps of 16, of at most this area, whose shape is nearest to width x height."""
 
     def distance(size):  # of equal shapes the larger
-        return round(abs(math.log(size[0] / size[1] * height / width)), 6), -size[0] * size[1]
+        w, h = size
+        return round(abs(math.log(w / h * height / width)), 6), -w * h
 
-    return min([(max(16, area // h // 16 * 16), h) for h in range(16, area // 16 + 1, 16)], key=distance)
+    heights = range(16, area // 16 + 1, 16)
+    sizes = [(max(16, area // h // 16 * 16), h) for h in heights]
+    return min(sizes, key=distance)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -175,7 +189,8 @@ def bucket(width, height, area):
 
 def to_bytes(clip):
     """Convert [3, F, H, W] in -1..1 -> [F, H, W, 3] in 0..255, rounded, on the CPU, frame by frame."""
-    frames = [(frame / 2 + 0.5).clamp(0, 1).cpu().float().mul(255).round().byte() for frame in clip.unbind(1)]
+    frames = [(frame / 2 + 0.5).clamp(0, 1).cpu() for frame in clip.unbind(1)]
+    frames = [frame.float().mul(255).round().byte() for frame in frames]
     return torch.stack(frames).permute(0, 2, 3, 1).contiguous()
 
 
@@ -186,10 +201,13 @@ def strip(frames, count=6, height=240):
     """
     from PIL import Image
 
-    picked = frames[torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()]
+    numbers = torch.linspace(0, len(frames) - 1, min(count, len(frames)))
+    picked = frames[numbers.round().long()]
     row = Image.fromarray(torch.cat([*picked], 1).numpy())
-    data, scale = io.BytesIO(), min(1.0, height / row.height) if len(frames) > 1 else 1.0
-    row.resize((round(row.width * scale), round(row.height * scale))).save(data, format="png")
+    scale = min(1.0, height / row.height) if len(frames) > 1 else 1.0
+    size = round(row.width * scale), round(row.height * scale)
+    data = io.BytesIO()
+    row.resize(size).save(data, format="png")
     return data.getvalue()
 
 
@@ -214,7 +232,8 @@ def mp4(frames, rate=24):
     data = io.BytesIO()
     with av.open(data, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=rate, options=dict(crf="18"))
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        _, stream.height, stream.width, _ = frames.shape
+        stream.pix_fmt = "yuv420p"
         colours = stream.codec_context  # as players expect: limited range, BT.709, and tagged as such
         colours.colorspace = colours.color_primaries = colours.color_trc = colours.color_range = 1
         for frame in frames.numpy():

@@ -39,10 +39,12 @@ def load_weights(model, source):
     for name, names in sources.items():
         shapes = [tensors[n][0] for n in names if n in tensors]
         if len(shapes) == len(names):
-            joined = [sum(s[0] for s in shapes), *shapes[0][1:]] if all(shapes) else []
-            if joined != list(params[name].shape) or any(s[1:] != shapes[0][1:] for s in shapes):
+            joined = [sum(shape[0] for shape in shapes), *shapes[0][1:]] if all(shapes) else []
+            even = all(shape[1:] == shapes[0][1:] for shape in shapes)
+            if not even or joined != list(params[name].shape):
                 wrong.append(f"{' + '.join(names)} is {joined}, the model has {list(params[name].shape)}")
-    problems = dict(missing=sorted(wanted - set(tensors)), unknown=sorted(set(tensors) - wanted))
+    problems = dict(missing=sorted(wanted - set(tensors)))
+    problems |= dict(unknown=sorted(set(tensors) - wanted))
     problems |= {"of another shape": wrong}
     if any(problems.values()):
         counts = [f"{len(v)} {k} ({', '.join(v[:3])}{', ..' * (len(v) > 3)})" for k, v in problems.items() if v]
@@ -53,7 +55,8 @@ def load_weights(model, source):
             part = tensors[n][1]().to(params[name].device)  # a GPU checks 26 GB in seconds
             check_values(n, part)
             parts.append(part.to(params[name].dtype))  # parts may have different dtypes
-        assign(params[name], swap_halves(naming, name, torch.cat(parts) if len(parts) > 1 else parts[0]))
+        full = torch.cat(parts) if len(parts) > 1 else parts[0]
+        assign(params[name], swap_halves(naming, name, full))
 
 
 def check_values(name, tensor):
@@ -61,7 +64,8 @@ def check_values(name, tensor):
     wide = tensor.float() if tensor.itemsize == 1 else tensor
     if not wide.isfinite().all():
         raise ValueError(f"{name} has values that are not finite")
-    if tensor.itemsize == 1 and wide.numel() and wide.abs().max() > torch.finfo(tensor.dtype).max / 2:
+    fp8 = tensor.itemsize == 1 and wide.numel() > 0
+    if fp8 and wide.abs().max() > torch.finfo(tensor.dtype).max / 2:
         raise ValueError(
             f"{name} is {str(tensor.dtype)[6:]} with values up to {wide.abs().max():.0f}: they are to be multiplied by a "
             "scale that is kept elsewhere; convert the weights to bfloat16 first"
@@ -119,7 +123,8 @@ def readers(source):
             raise ValueError(f"{file} has {len(wrong)} tensors that are not floating-point ({wrong[0]})")
         if twice := sorted(set(slices) & set(found)):
             raise ValueError(f"{twice[0]} is in {file} and in another file of {path}")
-        found |= {name: (x.get_shape(), partial(handle.get_tensor, name)) for name, x in slices.items()}
+        for name, x in slices.items():
+            found[name] = x.get_shape(), partial(handle.get_tensor, name)
     for index in visible(path, "*.safetensors.index.json") if path.is_dir() else []:
         if lost := sorted(set(weight_map(index)) - set(found)):
             raise ValueError(f"{index} names {lost[0]}, which no file has")
@@ -139,7 +144,8 @@ def read_pt(path):
         kind = type(error).__name__
         raise ValueError(f"{path} is not a file of plain tensors as torch.save writes them ({kind})") from None
     for key in ("module", "ema", "model", "state_dict"):
-        stored = stored[key] if isinstance(stored, dict) and isinstance(stored.get(key), dict) else stored
+        inner = stored.get(key) if isinstance(stored, dict) else None
+        stored = inner if isinstance(inner, dict) else stored
     return stored
 
 
@@ -190,7 +196,8 @@ def save_weights(model, folder, naming="original", dtype=torch.bfloat16, shard_b
             save_tensors(parts[-1][0], shard)
     if writes:
         # the old export is deleted when the new one is on the disk; the index comes last, so half an export can't be read
-        for old in [*folder.glob(pattern.format(suffix="*")), *folder.glob(f"{pattern.format(suffix='*')}.index.json")]:
+        earlier = pattern.format(suffix="*")
+        for old in [*folder.glob(earlier), *folder.glob(f"{earlier}.index.json")]:
             old.unlink()
         for written, final in parts:
             written.replace(final)
