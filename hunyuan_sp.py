@@ -324,7 +324,7 @@ class MLP(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """t [B] in 0..1000 -> [B, C]."""
+    """Embed t [B] in 0..1000 -> [B, C]."""
 
     def __init__(self, dim):
         super().__init__()
@@ -353,7 +353,7 @@ class TextEmbedder(nn.Module):
 
 
 class ModulationOut(NamedTuple):
-    """How half of a block is modulated: modulate(x, mod) before it, mod.gate times its output; each [B, 1 or L, C]."""
+    """Modulate half of a block: modulate(x, mod) before it, mod.gate times its output; each is [B, 1 or L, C]."""
 
     shift: torch.Tensor
     scale: torch.Tensor
@@ -368,7 +368,7 @@ class Still(NamedTuple):
 
 
 class Modulation(nn.Module):
-    """vec [B, C] -> `count` ModulationOuts, one for each half of the block that it modulates."""
+    """Turn vec [B, C] into `count` ModulationOuts, one for each half of the block that it modulates."""
 
     def __init__(self, dim, count):
         super().__init__()
@@ -405,7 +405,7 @@ class RefinerBlock(nn.Module):
 
 
 class TokenRefiner(nn.Module):
-    """text [B, L, 4096], t [B] -> [B, L, C]. It is small, so every rank of an sp group runs it on the whole text."""
+    """Refine text [B, L, 4096] at t [B] -> [B, L, C]. It is small: every sp rank runs it on the whole text."""
 
     def __init__(self, config):
         super().__init__()
@@ -610,7 +610,7 @@ class HunyuanVideo(nn.Module):
         return [*self.double_blocks, *self.single_blocks]
 
     def compile_blocks(self):
-        """Compile both sides of each block's attention. No rank is in it, and all blocks of a kind share it.
+        """Compile both sides of each block's attention. Graphs know no rank, and blocks of a kind share them.
 
         The second size compiles one graph for all sizes above 1; after eight graphs, further sizes run uncompiled. The
         embedders, the refiner and the final layer stay as they are: they are too small to matter.

@@ -207,7 +207,7 @@ def colour_blocks(clip):
 
 
 def gif(clip, name, zoom=16):
-    """Write NAME.gif, if Pillow is there (the extra [video])."""
+    """Write NAME.gif, if Pillow is installed (the extra [video])."""
     try:
         from PIL import Image
     except ImportError:

@@ -27,7 +27,7 @@ def seeded(*key):
 
 
 class SampleIndex(int):
-    """An index that carries two more facts: `weight` (0.0 for a duplicate that only fills a batch) and `epoch`.
+    """An index with two more facts: `weight` (0.0 for a duplicate that only fills a batch) and `epoch`.
 
     The weight has to reach the loss: the dataset is called as dataset[i], so let it return `i.weight` with the sample.
     """

@@ -298,7 +298,7 @@ def build_data(config, args):
 
 
 class LatentFolder:
-    """One .safetensors a sample: latents, already times the VAE's 0.476986; text, valid tokens only; pooled."""
+    """Read one .safetensors a sample: latents, already times the VAE's 0.476986; text, valid tokens only; pooled."""
 
     def __init__(self, folder):
         self.files = sorted(set(Path(folder).glob("*.safetensors")) - {Path(folder, "empty_prompt.safetensors")})
@@ -314,7 +314,7 @@ class LatentFolder:
 
 
 class RandomLatents:
-    """Noise of the right shape and texts of 60 tokens, for benchmarks."""
+    """Give noise of the right shape and texts of 60 tokens, for benchmarks."""
 
     shapes = names = None
 
@@ -331,7 +331,7 @@ class RandomLatents:
 
 
 class Shapes:
-    """Clips of coloured shapes that move, with captions of five or six words: a tiny model learns them in minutes.
+    """Draw clips of coloured shapes that move, with captions of five or six words: a tiny model learns them in minutes.
 
     `draw` makes the clip of a caption; `measure` reads a clip's colour and direction back from its pixels.
     """

@@ -90,13 +90,14 @@ def place_of(folder, name):
 def caption_of(file, lines):
     """Return a file's caption. ValueError if it has none or several, or if it is not text. lines: [(number, caption)] of
     captions.jsonl for this file."""
-    text, found = file.with_suffix(".txt"), [(f"line {n} of captions.jsonl", caption) for n, caption in lines]
-    if os.path.lexists(text):
-        if not text.is_file():
-            raise ValueError(f"{text.name} is not a regular file")
-        found.append((text.name, read_utf8(text).strip()))
+    text_file = file.with_suffix(".txt")
+    found = [(f"line {n} of captions.jsonl", caption) for n, caption in lines]
+    if os.path.lexists(text_file):
+        if not text_file.is_file():
+            raise ValueError(f"{text_file.name} is not a regular file")
+        found.append((text_file.name, read_utf8(text_file).strip()))
     if not found:
-        raise ValueError(f"there is no {text.name}, and no line for it in captions.jsonl")
+        raise ValueError(f"there is no {text_file.name}, and no line for it in captions.jsonl")
     where, caption = found[0]
     if any(other != caption for _, other in found):
         several = ", ".join(f"{json.dumps(caption)[:60]} in {where}" for where, caption in found)

@@ -79,8 +79,8 @@ def file_name(words, seed, same=None):
     Different words give different names: six hex digits are added where the words alone would not show it. same: what these
     digits are made of, by default the words.
     """
-    text = unicodedata.normalize("NFC", words).lower()
-    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
+    normal = unicodedata.normalize("NFC", words).lower()
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in normal).split()
     digits = hashlib.sha256((same or words).encode(errors="surrogatepass")).hexdigest()[:6]
     room = LONGEST - len(f"-{digits}-{seed}.safetensors")
     slug = "-".join(kept).encode()[:room].decode(errors="ignore").rstrip("-") or "clip"
@@ -193,9 +193,9 @@ class Preview:
 
     def _write(self, model, name):
         shift, group = self.snapshot.shift if self.snapshot else 4.0, self.pm.sp_group
-        noise = torch.randn((1, *self.shape), generator=seeded("sample", 0, 0)).to(self.pm.device)
+        noise = torch.randn((1, *self.shape), generator=seeded("sample", 0, 0))
         rules = dict(steps=20, shift=shift, guidance=6.0, group=group)
-        latents = sample(model, noise, [self.text], self.pooled[None], **rules)[0]
+        latents = sample(model, noise.to(self.pm.device), [self.text], self.pooled[None], **rules)[0]
         check_finite(latents, self.prompt)
         pixels, vae = None, []
         if self.snapshot:

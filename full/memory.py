@@ -28,8 +28,8 @@ def host_left():
     """Return the bytes of memory that this host, or this container, has left; infinity if it does not say."""
     left = [math.inf]
     try:
-        text = Path("/proc/meminfo").read_text()
-        left.append(int(text.partition("MemAvailable:")[2].split()[0]) * 1024)
+        meminfo = Path("/proc/meminfo").read_text()
+        left.append(int(meminfo.partition("MemAvailable:")[2].split()[0]) * 1024)
         limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
         cache = Path("/sys/fs/cgroup/memory.stat").read_text().partition("inactive_file ")[2].split()[0]
         left.append(int(limit) - int(used) + int(cache))

@@ -47,13 +47,15 @@ def find_start(checkpoints, out, resume=None, overwrite=False):
     except FileNotFoundError as error:  # no error if there is nothing to continue from
         if "no undamaged checkpoint" in str(error) or not name and resume != "auto":
             raise
-    on_main(lambda: replace_file(file, json.dumps(dict(run=state["tag"], launch=launch))))
+    under_way = json.dumps(dict(run=state["tag"], launch=launch))
+    on_main(lambda: replace_file(file, under_way))
     return path, state
 
 
 def check_unused(out):
     """Raise ValueError if an earlier run has left files that a new one would replace."""
-    made = [path.name for path, _ in manifests(out)] + ["lora.safetensors"] * (out / "lora.safetensors").exists()
+    made = [path.name for path, _ in manifests(out)]
+    made += ["lora.safetensors"] * (out / "lora.safetensors").exists()
     if made:
         ways = "--resume continues it, another --out keeps it, --overwrite starts anew and replaces its files"
         raise ValueError(f"{out} has an earlier run ({', '.join(made[:3])}{', ..' * (len(made) > 3)}): {ways}")
@@ -61,7 +63,8 @@ def check_unused(out):
 
 def end_run(out, tag):
     """Note that the run is done: the next run under the same rendezvous id is a new one."""
-    on_main(lambda: replace_file(Path(out) / "run.json", json.dumps(dict(run=tag, done=True))))
+    done = json.dumps(dict(run=tag, done=True))
+    on_main(lambda: replace_file(Path(out) / "run.json", done))
 
 
 def what_is_trained(args, weights, held_out):
@@ -76,7 +79,8 @@ def check_same(config, trained, state, path):
     new = dict(ema=False, held_out=trained["held_out"])  # what an older checkpoint lacks
     was = new | state["config"] | {name: state[name] for name in trained if name in state}
     now = json.loads(json.dumps(asdict(config) | trained))
-    if wrong := [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]:
+    names = sorted({*was, *now})
+    if wrong := [name for name in names if was.get(name) != now.get(name)]:
         differences = "; ".join(f"{name}: {was.get(name)} there, {now.get(name)} here" for name in wrong)
         raise ValueError(f"{path} is of another model: {differences}")
 
@@ -90,7 +94,9 @@ def say_changes(args, state, contents):
     if state.get("contents", contents) != contents:
         changed.append("what is in the samples")
     if was.get("steps", args.steps) != args.steps and was.keys() >= {"lr", "warmup"}:
-        last, due, now = (learning_rate(n, a) for n, a in ((step, before), (step + 1, before), (step + 1, args)))
+        last = learning_rate(step, before)
+        due = learning_rate(step + 1, before)
+        now = learning_rate(step + 1, args)
         if now != due:
             jump = f"the learning rate goes from {last:.2e} to {now:.2e}"
             changed.append(f"--steps {args.steps} (was {was['steps']}): {jump}")

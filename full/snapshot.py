@@ -104,7 +104,8 @@ class Snapshot:
 def encoder_files(folder):
     """Return the files of a snapshot, sorted, without the DiT's."""
     parts = [Path(folder, part) for part in (*PARTS[1:], *ENCODERS, "image_processor")]
-    return [file for part in parts for file in sorted(part.rglob("*")) if file.is_file() and file.name[0] != "."]
+    files = [file for part in parts for file in sorted(part.rglob("*"))]
+    return [file for file in files if file.is_file() and file.name[0] != "."]
 
 
 def check_depth(file):
@@ -204,12 +205,17 @@ class TextEncoders:
                 raise ValueError(f"{prompt[:40]!r} holds <image>, the mark that stands for the picture: leave it out")
             place = ids.index(self.image_token)
             pixels = self.processor(image, return_tensors="pt").pixel_values.to(self.device, self.llama.dtype)
-            states = self._states([*ids[:place], *[self.image_token] * 576, *ids[place + 1 :]], pixel_values=pixels)
-            seen, words = states[place : place + 576 : every or self.every], states[self.head + 575 :]
-            text = torch.cat((seen, words[: min(count, most)], words[-1:] if count < most else words[:0]))
+            ids = [*ids[:place], *[self.image_token] * 576, *ids[place + 1 :]]
+            states = self._states(ids, pixel_values=pixels)
+            seen = states[place : place + 576 : every or self.every]
+            words = states[self.head + 575 :]
+            end_mark = words[-1:] if count < most else words[:0]
+            text = torch.cat((seen, words[: min(count, most)], end_mark))
         clip_ids = self.clip_tokenizer(prompt, padding="max_length", max_length=77, truncation=True).input_ids
-        pooled = self.clip(torch.tensor([clip_ids], device=self.device)).pooler_output[0]
+        clip_ids = torch.tensor([clip_ids], device=self.device)
+        pooled = self.clip(clip_ids).pooler_output[0]
         return text.float().cpu(), pooled.float().cpu()
 
     def _states(self, ids, **more):
-        return self.llama(input_ids=torch.tensor([ids], device=self.device), **more).last_hidden_state[0]
+        ids = torch.tensor([ids], device=self.device)
+        return self.llama(input_ids=ids, **more).last_hidden_state[0]
