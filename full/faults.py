@@ -144,24 +144,24 @@ def exit_after(main, folder, debug=False, cure=None):
 
 def explain(error, folder):
     """Return one sentence on what happened, and whether it happened because another rank is lost."""
-    text = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    message = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
     if str(error).startswith("Caught "):  # raised in a process that loads data, with its traceback
         return f"loading data: {sentence_of(error).partition(': ')[2]}{about_memory(str(error))}", False
     if isinstance(error, OSError):
         if error.errno and not error.filename:
             full = shutil.disk_usage("/dev/shm").free < 1 << 20 if os.path.isdir("/dev/shm") else False
-            text = f"{'/dev/shm' if full else folder}: {text}"
-        return text, False
+            message = f"{'/dev/shm' if full else folder}: {message}"
+        return message, False
     if isinstance(error, ValueError):
-        return text, False
+        return message, False
     if isinstance(error, KeyboardInterrupt):
         return "stopped from the keyboard", False
-    if text.startswith("DataLoader"):
-        return f"loading data: {text}{about_memory(text)}", False
-    if dist.is_initialized() and re.search(r"timed? ?out|connection|peer|nccl|gloo", text, re.I):
+    if message.startswith("DataLoader"):
+        return f"loading data: {message}{about_memory(message)}", False
+    if dist.is_initialized() and re.search(r"timed? ?out|connection|peer|nccl|gloo", message, re.I):
         silent = ", ".join(map(str, silent_ranks())) or "unknown"
-        return f"rank {silent} does not answer ({text[:200]})", True
-    return f"{type(error).__name__}: {text} (--debug shows where)", False
+        return f"rank {silent} does not answer ({message[:200]})", True
+    return f"{type(error).__name__}: {message} (--debug shows where)", False
 
 
 def sentence_of(error):
@@ -170,8 +170,8 @@ def sentence_of(error):
     return lines[-1] if lines else (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def about_memory(text):
-    shared = re.search(r"shared memory|/torch_|Bus error|shm", text)
+def about_memory(message):
+    shared = re.search(r"shared memory|/torch_|Bus error|shm", message)
     return " (/dev/shm is too small: docker run --shm-size=8g, or --workers 0)" if shared else ""
 
 

@@ -14,24 +14,24 @@ from full.files import printable
 from full.speed import forward_flops
 
 
-def say(text, live=False, end=True, raw=False):
+def say(line, live=False, end=True, raw=False):
     """Print a line. live: on a terminal the next call replaces it, unless `end`. After a closed pipe nothing is printed any
     more.
 
     raw: print commands for the terminal as they are.
     """
-    terminal, text = sys.stdout.isatty(), text if raw else printable(text)
+    terminal, line = sys.stdout.isatty(), line if raw else printable(line)
     try:
-        print(f"\r\033[K{text}" if terminal else text, end="" if live and terminal and not end else "\n", flush=True)
+        print(f"\r\033[K{line}" if terminal else line, end="" if live and terminal and not end else "\n", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def say_some(text, step, steps, shown, always=False):
+def say_some(line, step, steps, shown, always=False):
     """Print a step's line: on a terminal every one, in place of the last; elsewhere about `shown` of them."""
     turn = step % max(1, steps // shown) == 0 or step == steps
     if always or turn or sys.stdout.isatty():
-        say(text, live=True, end=step == steps)
+        say(line, live=True, end=step == steps)
 
 
 def printed_time(seconds):

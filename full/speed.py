@@ -10,14 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 from train_min import count_tokens
 
 
-def forward_flops(config, video, text, linears=1, attention=1):
+def forward_flops(config, video_tokens, text_tokens, linears=1, attention=1):
     """Return the FLOPs of one sample's forward: linear layers and attention of the blocks, 2 per multiply-add.
 
-    video, text: its tokens, the valid ones. linears, attention: factors; 3 for training, 2 for linears with frozen weights.
+    video_tokens, text_tokens: the valid ones. linears, attention: factors, 3 in training; 2 for linears with frozen weights.
     """
     dim = config.hidden_size
     blocks = config.double_depth + config.single_depth
-    tokens = video + text
+    tokens = video_tokens + text_tokens
     of_linears = (8 + 4 * config.mlp_ratio) * dim * dim * tokens * blocks
     of_attention = 4 * dim * tokens * tokens * blocks
     return linears * of_linears + attention * of_attention
@@ -27,11 +27,11 @@ def work_of(pm, config, micro_batches, args):
     """Return [tokens, FLOPs] of a step over all ranks, forward and backward, for samples that carry weight."""
     tokens = flops = 0.0
     for batch in micro_batches:
-        video = math.prod(batch["target"].shape[2:]) // math.prod(config.patch_size)
-        text = sum(batch["lengths"]) / len(batch["lengths"])
+        video_tokens = math.prod(batch["target"].shape[2:]) // math.prod(config.patch_size)
+        text_tokens = sum(batch["lengths"]) / len(batch["lengths"])
         tokens += count_tokens(batch, config)
         # frozen weights need no gradients
-        of_sample = forward_flops(config, video, text, 2 if args.lora else 3, 3)
+        of_sample = forward_flops(config, video_tokens, text_tokens, 2 if args.lora else 3, 3)
         flops += batch["weight"].sum().item() * of_sample
     mine = torch.tensor([tokens, flops], dtype=torch.float64)
     return pm.sum(mine, pm.dp_group).tolist()
