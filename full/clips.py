@@ -5,6 +5,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ class Clip:
         words, same = (Path(prompt).stem, embeds["embeds"]) if embeds else (prompt, None)
         self.prompt, self.seed, self.name = prompt, seed, name or f"{args.output}{file_name(words, seed, same)}"
         self.endings = (".mp4", ".safetensors") if args.model else (".safetensors",)
-        self.made_by = {k: v for k, v in vars(args).items() if k not in OUTSIDE.split()}
+        flags = vars(args).items()
+        self.made_by = {name: value for name, value in flags if name not in OUTSIDE.split()}
         kernel = args.attention if args.attention != "sdpa" else None  # None: as when there was no other
         self.made_by |= dict(prompt=prompt, seed=seed, kernel=kernel, shared=shared) | embeds
 
@@ -55,12 +57,14 @@ class Clip:
 
     def is_taken(self):
         """Return whether a file of that name exists which is not this clip's."""
-        there = [ending for ending in (".safetensors", ".mp4", ".gif", ".png") if os.path.lexists(self.name + ending)]
-        return bool(there) and not self.is_ours()
+        endings = ".safetensors", ".mp4", ".gif", ".png"
+        exists = any(os.path.lexists(self.name + ending) for ending in endings)
+        return exists and not self.is_ours()
 
     def write(self, latents, pixels, draw=False):
         """Write its files."""
-        write_clip(self.name, self.prompt, latents, pixels, draw, made_by=json.dumps(self.made_by, sort_keys=True))
+        made_by = json.dumps(self.made_by, sort_keys=True)
+        write_clip(self.name, self.prompt, latents, pixels, draw, made_by=made_by)
 
 
 def make_clips(args, prompts, shared):
@@ -201,4 +205,5 @@ class Preview:
         if self.snapshot:
             together(lambda: vae.append(self.snapshot.vae(self.pm.device)))
             pixels = decode(vae[0], latents, group)
-        together(lambda: write_clip(name, self.prompt, latents.cpu(), pixels) if self.pm.is_main else None)
+        write = partial(write_clip, name, self.prompt, latents.cpu(), pixels)
+        together(write if self.pm.is_main else lambda: None)

@@ -74,7 +74,9 @@ def init_process_group(backend, timeout):
         # a restarted job finds the addresses of its dead predecessor under the same names: pytorch issue 135712
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timeout)
         store = dist.PrefixStore(f"attempt{env['TORCHELASTIC_RESTART_COUNT']}", store)
-    ranks = dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"])) if store else {}
+    ranks = {}
+    if store:
+        ranks = dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
     dist.init_process_group(backend, timeout=timeout, **ranks)
 
 
@@ -144,7 +146,8 @@ def exit_after(main, folder, debug=False, cure=None):
 
 def explain(error, folder):
     """Return one sentence on what happened, and whether it happened because another rank is lost."""
-    message = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    first = str(error).split("\n\n")[0]
+    message = " ".join(first.split()) or type(error).__name__
     if str(error).startswith("Caught "):  # raised in a process that loads data, with its traceback
         return f"loading data: {sentence_of(error).partition(': ')[2]}{about_memory(str(error))}", False
     if isinstance(error, OSError):
@@ -247,7 +250,7 @@ def catch_signals():
     """
     requests, first = dict(save=False, stop=False), []
 
-    def stop(number, _):
+    def stop_or_exit(number, _):
         if failed := failed_ranks():  # torchrun ends the other ranks, too: there is no next step
             if dist.get_rank() in failed:
                 return  # this rank is about to print its own sentence
@@ -260,8 +263,8 @@ def catch_signals():
         requests["stop"] = True
 
     signal.signal(signal.SIGUSR1, lambda *_: requests.update(save=True))
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop_or_exit)
+    signal.signal(signal.SIGINT, stop_or_exit)
     return requests
 
 

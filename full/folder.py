@@ -59,7 +59,8 @@ class Folder:
             shapes, made_by = shapes_in(handle), (handle.metadata() or {}).get("made_by")
         if made_by:
             try:
-                facts = {name: value for name, value in json.loads(made_by).items() if name in ("kind", "encoders")}
+                stored = json.loads(made_by).items()
+                facts = {name: value for name, value in stored if name in ("kind", "encoders")}
                 if any(type(x) is not str for x in facts.get("encoders") or ()):
                     raise ValueError
             except (ValueError, TypeError, AttributeError, RecursionError):
@@ -151,7 +152,8 @@ def hold_out(data, args):
         return zlib.crc32(Path(name_of(data, i)).name.encode()), i
 
     order = sorted(range(len(data)), key=place)
-    return Part(data, sorted(order[count:])), Part(data, sorted(order[:count]))
+    trained, held_out = order[count:], order[:count]
+    return Part(data, sorted(trained)), Part(data, sorted(held_out))
 
 
 class Part:
@@ -202,4 +204,5 @@ def odd_samples(micro_batches, data):
     """Return the names of this rank's samples that have values which are not finite."""
     parts = ("samples", "target", "text", "pooled", "image")
     rows = [row for b in micro_batches for row in zip(*(b[name] for name in parts if name in b))]
-    return [name_of(data, i) for i, *parts in rows if not all(part.isfinite().all() for part in parts)]
+    finite = [all(part.isfinite().all() for part in parts) for _, *parts in rows]
+    return [name_of(data, row[0]) for row, good in zip(rows, finite) if not good]

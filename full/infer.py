@@ -150,7 +150,10 @@ class Job:
         prompts = read_prompts(args, self.source.config)
         if not args.score:
             path = Path(args.output)
-            claim(*([path] if args.output.endswith("/") else [path.parent, path.name]))
+            if args.output.endswith("/"):
+                claim(path)
+            else:
+                claim(path.parent, path.name)
         shared = made_of(args, self.source, self.snapshot)
         self.pm.check_equal(dict(shared=shared), self.pm.world_group)
         self.todo = self.leave_out_made(make_clips(args, prompts, shared))

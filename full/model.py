@@ -54,7 +54,8 @@ class Source:
 
     def facts(self):
         """Return fingerprints of everything that the weights are made of."""
-        facts = [fingerprint([file]) for file in (weight_files(self.args.weights) if self.args.weights else ())]
+        files = weight_files(self.args.weights) if self.args.weights else []
+        facts = [fingerprint([file]) for file in files]
         facts += lora_facts(file for file, _ in lora_files(self.args.lora))
         if self.path:
             facts.append(self.manifest["files"] or fingerprint(sorted(self.path.glob("*.safetensors"))))
@@ -72,7 +73,8 @@ class Source:
 
         Sharded weights are in the dtype of the computation, except those of a full checkpoint, which are in float32.
         """
-        pm, args, dtype = self.pm, self.args, compute_dtype(self.args, self.pm.device)
+        pm, args = self.pm, self.args
+        dtype = compute_dtype(args, pm.device)
         tuned = self.path and not self.lora  # the checkpoint has all weights, in float32
         with torch.device("meta"):
             model = HunyuanVideo(self.config)

@@ -183,7 +183,8 @@ class Run:
 
     def requests(self):
         """Return three booleans: any rank was asked to save; any was asked to stop; all ranks have written the last save."""
-        mine = torch.tensor([self.signals["save"], self.signals["stop"], self.checkpoints.ready()], dtype=torch.int64)
+        mine = [self.signals["save"], self.signals["stop"], self.checkpoints.ready()]
+        mine = torch.tensor(mine, dtype=torch.int64)
         save, stop, ready = self.pm.sum(mine, self.pm.world_group).tolist()
         self.signals["save"] &= not save  # one save serves every request received so far
         return save, stop, ready == self.pm.world_size
@@ -216,8 +217,9 @@ class Run:
         name = "lora.safetensors"
         base = Path(self.args.model or self.args.weights or "random").name
         size = " x ".join(map(str, largest_shape(self.data)))
+        header = dict(base=base, steps=step, shift=self.args.shift, size=size)
         with self.average.used():
-            save_lora(self.model, folder / name, base=base, steps=step, shift=self.args.shift, size=size)
+            save_lora(self.model, folder / name, **header)
         if self.pm.is_main:
             replace_file(Path(self.args.out, name), Path(folder, name).read_bytes())
 
