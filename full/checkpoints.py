@@ -141,14 +141,14 @@ class Checkpoints:
             complete()
         self._written = Future()
 
-    def find(self, tag=None):
+    def find(self, tag=None, name=None):
         """Return (path, manifest) of the newest undamaged checkpoint (with this tag). Damaged ones are named and skipped.
 
-        FileNotFoundError if there is none.
+        name: step-N, if only that one will do. FileNotFoundError if there is none.
         """
         manager, problems = self.manager, []
         for path, manifest in on_main(lambda: manifests(self.folder)):
-            if manifest and tag not in (None, manifest["tag"]):
+            if manifest and tag not in (None, manifest["tag"]) or name not in (None, path.name):
                 continue
             try:
                 manifest = on_main(partial(read_manifest, path))

@@ -11,7 +11,17 @@ from pathlib import Path
 import torch
 
 from full.faults import together
-from full.files import fingerprint, printable, read_text, read_utf8, replace_file, save_tensors, was_made_by
+from full.files import (
+    checksum,
+    fingerprint,
+    open_safetensors,
+    printable,
+    read_text,
+    read_utf8,
+    replace_file,
+    save_tensors,
+    was_made_by,
+)
 from full.screen import say
 from full.snapshot import Snapshot
 from full.vae import decode
@@ -23,7 +33,7 @@ from train_min import Shapes
 # flags, earlier versions' too, that do not change a clip's pixels; the checkpoint's files are in `shared`
 OUTSIDE = (
     "output overwrite embeds prompts clips dp sp shard offload memory device compile attention timeout profile debug score checkpoint "
-    "naming export given changed named"
+    "naming export given changed named model weights image mlp_slices"
 )
 LONGEST = 80  # bytes of a clip's file name, with its ending
 
@@ -39,6 +49,7 @@ class Clip:
         embeds = dict(embeds=fingerprint([prompt])) if args.embeds else {}
         words, same = (Path(prompt).stem, embeds["embeds"]) if embeds else (prompt, None)
         self.prompt, self.seed, self.name = prompt, seed, name or f"{args.output}{file_name(words, seed, same)}"
+        self.overwrite = getattr(args, "overwrite", False)
         self.endings = (".mp4", ".safetensors") if args.model else (".safetensors",)
         flags = vars(args).items()
         self.made_by = {name: value for name, value in flags if name not in OUTSIDE.split()}
@@ -62,7 +73,9 @@ class Clip:
         return exists and not self.is_ours()
 
     def write(self, latents, pixels, draw=False):
-        """Write its files."""
+        """Write its files. ValueError if another program has written others of that name meanwhile."""
+        if not self.overwrite and self.is_taken():
+            raise ValueError(f"another program has written {self.name} meanwhile: {self.prompt!r} is not written")
         made_by = json.dumps(self.made_by, sort_keys=True)
         write_clip(self.name, self.prompt, latents, pixels, draw, made_by=made_by)
 
@@ -165,6 +178,22 @@ def embed_prompts(args, config, prompts):
     together(lambda: texts.update((prompt, read(prompt, config)) for prompt in prompts))  # each group reads its own
     negative = read_text(args.negative_embeds, config) if args.negative_embeds else None
     return texts, negative or Shapes.embed(args.negative_prompt, config)
+
+
+def check_embeds(files, snapshot, image):
+    """Raise ValueError for embeds that full.encode made with another snapshot, or for another first frame.
+
+    image: the file of --image or None. Embeds that do not say what made them are taken.
+    """
+    for file in files or ():
+        with open_safetensors(file) as handle:
+            stored = json.loads((handle.metadata() or {}).get("made_by", "{}"))
+        now = dict(kind=snapshot.kind, image=image and checksum(image))
+        now |= dict(encoders=snapshot.facts()) if (snapshot.folder / "text_encoder").is_dir() else {}
+        if wrong := [name for name in now if name in stored and stored[name] != now[name]]:
+            raise ValueError(
+                f"{file} was made with another {', '.join(wrong)}: make it again with full.encode --prompts"
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------------

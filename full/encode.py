@@ -57,6 +57,9 @@ def encode(args):
     check_range(args, "frames", 1)
     check_range(args, "timeout", 1e-9, 1e7)
     check_together(args, "prompts-height prompts-width prompts-frames videos-image")
+    if args.no_buckets and (args.height % 16 or args.width % 16):
+        near = f"--height {max(16, args.height // 16 * 16)} --width {max(16, args.width // 16 * 16)}"
+        raise ValueError(f"--no_buckets takes a height and width in steps of 16: {near} would do")
     if not (args.videos or args.prompts):
         raise ValueError("give --videos FOLDER or --prompts FILE")
     find_model(args, [*PARTS[1:], *ENCODERS, "image_processor", "transformer/config.json"])
@@ -186,6 +189,15 @@ def encode_one(entry, size, encoders, vae, made_by, args):
     return ("replaced" if older else "made"), sorted(notes)
 
 
+def check_older(folder, prompts):
+    """Raise ValueError if a folder has embeds of other prompts, which would be replaced, or stay under a number of these."""
+    for file in visible(folder, "*.safetensors"):
+        with open_safetensors(file) as handle:
+            prompt = (handle.metadata() or {}).get("prompt")
+        if not file.stem.isdigit() or prompt not in prompts[int(file.stem) :][:1]:
+            raise ValueError(f"{file} is of another prompt, {str(prompt)[:60]!r}: give another --output")
+
+
 def encode_prompts(pm, snapshot, args):
     """Encode each prompt -> OUTPUT/0000.safetensors, .. with text and pooled, by rank 0."""
     if bool(args.image) != bool(snapshot.kind):
@@ -193,13 +205,16 @@ def encode_prompts(pm, snapshot, args):
         raise ValueError(f"{args.model} is a {snapshot.kind or 'text-to-video'} model: {wanted}")
     image = read_image(args.image) if args.image else None
     prompts = faults.on_main(lambda: lines_of(args.prompts))
+    faults.on_main(lambda: check_older(Path(args.output), prompts))
+    made_by = dict(kind=snapshot.kind, encoders=snapshot.facts(), image=args.image and checksum(args.image))
     size = args.width, args.height
     texts, _ = snapshot.encode(pm, prompts, image=image, size=size)
 
     def write():
         for n, prompt in enumerate(prompts):
             file = Path(args.output) / f"{n:04d}.safetensors"
-            save_tensors(file, dict(zip(("text", "pooled"), texts[prompt])), prompt=prompt)
+            tensors = dict(zip(("text", "pooled"), texts[prompt]))
+            save_tensors(file, tensors, prompt=prompt, made_by=json.dumps(made_by))
             say(f"{prompt}: wrote {file}")
 
     faults.on_main(write)

@@ -9,6 +9,9 @@ With --shard the ranks share the weights. Rank 0 writes. Needs huggingface_hub, 
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
+
+import torch
 
 from full import faults
 from full.claim import claim
@@ -28,8 +31,24 @@ def parse(argv=None):
     flag("--lora", action="append", help="FILE[:STRENGTH] to add to the weights; may be given several times")
     flag("--naming", choices=NAMINGS, default="original", help="naming of the tensors in the files")
     flag("--output", required=True, help="folder to write")
+    flag("--overwrite", action="store_true", help="replace an export that is in --output")
     flag("--shard", action="store_true", help="FSDP2, for weights that do not fit one GPU")
     return parse_flags(parser, argv)
+
+
+def check_output(args):
+    """Raise ValueError if writing to --output would replace what is read, or, without --overwrite, an earlier export."""
+    out = Path(args.output).resolve()
+    for name in ("model", "weights", "checkpoint"):
+        source = getattr(args, name)
+        inside = source and Path(source).exists() and {out, *out.parents} & {Path(source).resolve()}
+        if inside or (source and out in Path(source).resolve().parents):
+            raise ValueError(
+                f"--output {args.output} is --{name}, or lies in it or around it: export to another folder"
+            )
+    files = [*out.glob("diffusion_pytorch_model*"), *out.glob("config.json")] if out.is_dir() else []
+    if files and not args.overwrite:
+        raise ValueError(f"--output {args.output} has {files[0].name} already: --overwrite replaces it")
 
 
 def export(args):
@@ -37,6 +56,7 @@ def export(args):
     check_range(args, "timeout", 1e-9, 1e7)
     check_together(args)
     find_model(args, ["transformer"])
+    check_output(args)
     config = resolve(args)
     if not (args.weights or args.checkpoint):
         raise ValueError("nothing to export: give --checkpoint, --model or --weights")
@@ -47,7 +67,7 @@ def export(args):
     pm.check_equal(dict(config=asdict(source.config), files=source.facts()), pm.world_group)
     claim(args.output)
     model = source.build_model(args.shard)
-    save_weights(model, args.output, args.naming)
+    save_weights(model, args.output, args.naming, getattr(torch, args.dtype or "bfloat16"))
     if pm.is_main:
         say(f"wrote {args.output} in {args.naming} naming")
     return pm

@@ -95,11 +95,13 @@ def add_speed_flags(parser):
 
 
 # FLAG-OTHER or FLAG-OTHER|ANOTHER: with FLAG, one of the others must be given too
-NEEDS = "lora_alpha-lora init_lora-lora validate-validate_every sample_prompt-validate_every image-model|prompts"
+NEEDS = "lora_alpha-lora init_lora-lora validate-validate_every sample_prompt-validate_every image-model"
 NEEDS += " negative_embeds-embeds negative_embeds-cfg negative_prompt-cfg no_buckets-videos"
 # flags of which only one is used
 APART = "embeds-prompt embeds-prompts embeds-score prompt-score prompts-score negative_embeds-negative_prompt videos-prompts"
-APART += " data-height data-width data-frames checkpoint-config clips-score overwrite-score"
+APART += (
+    " data-height data-width data-frames checkpoint-config clips-score overwrite-score resume-overwrite"
+)
 
 
 def parse_flags(parser, argv=None):
@@ -228,7 +230,9 @@ def parse_train(doc, argv=None, more=None):
         help="continue from the newest checkpoint in --out, on any layout; auto: start anew if there is none",
     )
     flag(
-        "--overwrite", action="store_true", help="start anew in an --out that has an earlier run, and replace its files"
+        "--overwrite",
+        action="store_true",
+        help="start anew in an --out that has an earlier run, whose files are put aside",
     )
     flag("--tensorboard", action="store_true", help="write the figures of log.jsonl for TensorBoard too")
     flag("--deterministic", action="store_true", help="make runs repeat bit for bit, on GPUs too")

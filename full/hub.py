@@ -55,13 +55,26 @@ def missing_files(folder, parts):
             wanted += [f"{part}/{name}" for name in NEEDED.get(part.removesuffix("_2"), [])]
             for index in sorted((folder / part).glob("*.safetensors.index.json")):
                 wanted += [f"{part}/{name}" for name in sorted({*read_json(index)["weight_map"].values()})]
+    kind = (
+        read_json(config).get("image_condition_type")
+        if (config := folder / "transformer/config.json").exists()
+        else None
+    )
+    wanted += ["image_processor/preprocessor_config.json"] * (kind is not None and "image_processor" in parts)
     lost = [name for name in wanted if not (folder / name).exists()]
     vocabularies = [part for part in parts if part.startswith("tokenizer")]
     for part in vocabularies:
         if not any((folder / part / name).exists() for name in ("tokenizer.json", "vocab.json")):
             lost.append(f"{part}/tokenizer.json")
     weights = [part for part in parts if part.startswith(("transformer", "vae", "text_encoder")) and "." not in part]
-    return lost + [f"{part}/*.safetensors" for part in weights if not [*(folder / part).glob("*.safetensors")]]
+    return lost + [f"{part}/*.safetensors" for part in weights if not whole_files(folder / part)]
+
+
+def whole_files(folder):
+    """Return the .safetensors of a folder; none if it has fewer than their names' -of-N, or links that lead nowhere."""
+    files = [file for file in folder.glob("*.safetensors") if file.exists()]
+    counts = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)\.safetensors$", file.name))}
+    return files if all(len(files) >= count for count in counts) else []
 
 
 NEEDED = dict(

@@ -22,7 +22,7 @@ import torch
 import infer_min
 from full import faults
 from full.claim import claim
-from full.clips import check_finite, embed_prompts, make_clips, read_prompts
+from full.clips import check_embeds, check_finite, embed_prompts, make_clips, read_prompts
 from full.fa4 import attention_kernel, fastest_kernel
 from full.files import checksum, fingerprint
 from full.flags import (
@@ -189,6 +189,8 @@ class Job:
             texts, negative = self.snapshot.encode(self.pm, *given, device)
         else:
             texts, negative = embed_prompts(args, self.source.config, prompts)
+        if self.image and self.pm.is_main and abs(self.image.width * size[1] / self.image.height / size[0] - 1) > 0.02:
+            say(f"--image is {self.image.width} x {self.image.height}: it is squeezed to {size[0]} x {size[1]}")
         text, pooled = (x.to(self.pm.device) for x in negative)
         image = self.snapshot.encode_image(self.pm, self.image, size) if self.image else None
         return texts, ([text], pooled[None]), image
@@ -208,6 +210,8 @@ def check_args(args):
         attention_kernel(args.attention)
     if not args.output.endswith("/") and not Path(args.output).name:
         raise ValueError(f"--output {args.output!r} is not a name: end a folder with /")
+    if Path(args.output).suffix in (".mp4", ".png", ".gif", ".safetensors"):
+        raise ValueError(f"--output {args.output} is a name without its ending: several files are written")
     lora_files(args.lora)
 
 
@@ -221,6 +225,7 @@ def resolve_inputs(args):
     config = resolve(args)
     if snapshot:
         snapshot.check_image(args.image, args.frames)
+        check_embeds(args.embeds, snapshot, args.image)
         args.shift = args.shift or snapshot.shift
     image = read_image(args.image) if args.image else None
     if config and config.out_channels != 3:

@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from full.files import fingerprint, save_tensors
-from full.lora_files import files_of, read_lora
+from full.lora_facts import files_of
+from full.lora_files import read_lora
 from full.names import export_weight
 from full.weights import gathered
 from hunyuan_sp import assign

@@ -8,12 +8,14 @@ import torch
 
 
 def limit_memory(gib, device_type):
-    """Limit this process to gib - 1 GiB of its GPU: the context and NCCL take the rest. With None, or on a CPU, do nothing.
+    """Limit this process to gib - 1 GiB of its GPU: the context and NCCL take the rest. None: no limit. ValueError on a CPU.
 
     Call it before anything is on the GPU: it also makes segments expandable, so that near the limit no memory lies idle.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
-    if gib and device_type != "cpu" and local < torch.cuda.device_count():
+    if gib and (device_type == "cpu" or not torch.cuda.device_count()):
+        raise ValueError("--memory limits a GPU, and this runs on a CPU")
+    if gib and local < torch.cuda.device_count():
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         total = torch.cuda.get_device_properties(local).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - 1) * 2**30 / total), local)

@@ -1,5 +1,6 @@
 """Build a model to sample from or to export: released weights or a checkpoint of training, with LoRA files on top."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -40,11 +41,17 @@ class Source:
     def __init__(self, pm, args, config):
         self.pm, self.args, self.path, self.manifest = pm, args, None, {}
         if args.checkpoint:
-            self.checkpoints = Checkpoints(pm, args.checkpoint, args.timeout)
-            self.path, self.manifest = self.checkpoints.find()
+            path = Path(args.checkpoint)
+            one = path.name if (path / "manifest.json").is_file() else None  # OUT/step-N, not OUT
+            self.checkpoints = Checkpoints(pm, path.parent if one else path, args.timeout)
+            self.path, self.manifest = self.checkpoints.find(name=one)
             trained = HunyuanConfig.from_dict(self.manifest["config"])
             if config not in (None, trained):
-                raise ValueError(f"{self.path} is of another model than --model or --config: {trained}, not {config}")
+                both = asdict(trained), asdict(config)
+                wrong = ", ".join(
+                    f"{name} {x}, not {both[1][name]}" for name, x in both[0].items() if x != both[1][name]
+                )
+                raise ValueError(f"{self.path} is of another model than --model or --config: {wrong}")
             config = trained
         self.config, self.lora = config, bool(self.manifest.get("lora"))
         if self.lora and not args.weights:

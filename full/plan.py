@@ -153,16 +153,19 @@ def search(config, args):
     for values in product(*free.values()):
         trial = Namespace(**vars(args) | dict(zip(free, values)))
         trial.dp = args.dp or args.gpus // trial.sp
-        if trial.dp * trial.sp != args.gpus or ("activations" in trial.offload and trial.checkpointing == "none"):
+        if trial.dp * trial.sp != args.gpus or args.gpus % (args.shard_size or 1):
+            continue
+        if "activations" in trial.offload and trial.checkpointing == "none":
             continue
         gib, step = plan(config, trial)["all"], seconds(config, trial)[0]
-        samples = trial.dp * trial.accumulation * rows_of(trial, trial.dp)
+        samples = trial.batch or default_batch(trial, trial.dp)  # without those that only fill a batch
         setting = step / samples, gib, trial
         smallest = min(smallest or setting, setting, key=lambda one: one[1])
         if args.memory is None or gib <= MARGIN * (args.memory - 1):
             found.append(setting)
     if smallest is None:
-        raise ValueError(f"--dp {args.dp} and --sp {args.sp} do not give {args.gpus} GPUs")
+        given = " ".join(f"--{name} {getattr(args, name)}" for name in ("dp", "sp", "shard_size") if name in args.given)
+        raise ValueError(f"{given or 'what is asked'} does not go with {args.gpus} GPUs")
     if not found:
         why = f"the least, {flags_of(smallest[2])}, needs {smallest[1]:.1f} GiB of a GPU and leaves one to CUDA"
         raise ValueError(f"nothing fits {args.gpus} x {args.memory:g} GiB: {why}")
@@ -195,6 +198,8 @@ if __name__ == "__main__":
     try:
         args = parse_train(__doc__, more=add_flags)
         check_range(args, "gpus clips", 1)
+        if args.memory and not args.gpus:
+            raise ValueError("--memory goes with --gpus, to search for what fits")
         find_model(args, ["transformer/config.json", "scheduler"])
         config = get_config(args)
         check_train(args, config)

@@ -38,8 +38,8 @@ def find_start(checkpoints, out, resume=None, overwrite=False):
             return None  # there is no run.json, or it can't be read
 
     name = on_main(name_under_way)
-    if not (name or resume or overwrite):
-        on_main(lambda: check_unused(Path(out)))
+    if not (name or resume):
+        on_main(lambda: put_aside(Path(out)) if overwrite else check_unused(Path(out)))
     path, state = None, dict(tag=name or on_main(lambda: f"{time.time():.6f}"))
     try:
         if name or resume:
@@ -57,8 +57,20 @@ def check_unused(out):
     made = [path.name for path, _ in manifests(out)]
     made += ["lora.safetensors"] * (out / "lora.safetensors").exists()
     if made:
-        ways = "--resume continues it, another --out keeps it, --overwrite starts anew and replaces its files"
+        ways = "--resume continues it, another --out keeps it, --overwrite starts anew and puts its files aside"
         raise ValueError(f"{out} has an earlier run ({', '.join(made[:3])}{', ..' * (len(made) > 3)}): {ways}")
+
+
+def put_aside(out):
+    """Move an earlier run's checkpoints and LoRA to --out/earlier-N, so that --resume can't continue them by mistake."""
+    made = [path for path, _ in manifests(out)]
+    made += [out / "lora.safetensors"] * (out / "lora.safetensors").exists()
+    aside = out / f"earlier-{1 + len([*out.glob('earlier-*')])}"
+    for path in made:
+        aside.mkdir(exist_ok=True)
+        path.rename(aside / path.name)
+    if made:
+        say(f"{out} has an earlier run: its files are in {aside} now")
 
 
 def end_run(out, tag):
@@ -87,10 +99,12 @@ def check_same(config, trained, state, path):
 
 def say_changes(args, state, contents):
     """Print what a resumed run changes. The layout and the length may change in silence; all else is reported."""
-    names = "batch lr warmup clip shift guidance caption_drop ema seed dtype data weights init_lora attention".split()
+    names = "batch lr warmup clip shift guidance caption_drop ema seed dtype data weights attention".split()
     was = state.get("args", {}) | dict(batch=state.get("batch", args.batch))
     step, before = state["step"], argparse.Namespace(**was)
     changed = [f"--{n} {getattr(args, n)} (was {was[n]})" for n in names if n in was and was[n] != getattr(args, n)]
+    if args.init_lora and args.init_lora != was.get("init_lora"):
+        changed.append("--init_lora, which is not used: the run continues its checkpoint")
     if state.get("contents", contents) != contents:
         changed.append("what is in the samples")
     if was.get("steps", args.steps) != args.steps and was.keys() >= {"lr", "warmup"}:
@@ -101,7 +115,7 @@ def say_changes(args, state, contents):
             jump = f"the learning rate goes from {last:.2e} to {now:.2e}"
             changed.append(f"--steps {args.steps} (was {was['steps']}): {jump}")
     if changed:
-        say(f"changed since the checkpoint: {', '.join(changed)}")
+        say(f"other than before: {', '.join(changed)}")
 
 
 def say_oddities(args, data, dp):

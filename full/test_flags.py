@@ -29,6 +29,12 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("full.train --sp 0", "--sp 0 is not at least 1"),
     ("full.train --dp -2", "--dp -2 is not at least 1"),
     ("full.train --blocks 0,0", "--blocks 0,0 is not two numbers D,S of at least one block"),
+    ("full.export --weights {bad}/odd --config tiny --output {bad}/odd", "is --weights, or lies in it or around it"),
+    ("full.export --checkpoint {bad}/run --output {bad}/run", "is --checkpoint, or lies in it or around it"),
+    ("full.train --resume --overwrite", "--resume and --overwrite can't be used together"),
+    ("full.infer --config tiny --prompts {bad}/none --image x.png", "--image goes with --model"),
+    ("full.infer --config tiny --output {bad}/never.mp4", "is a name without its ending"),
+    ("full.train --memory 16", "--memory limits a GPU, and this runs on a CPU"),
     ("full.train --out {bad}/run", "run has an earlier run (step-1): --resume continues it, another --out keeps it, --overwrite"),
     ("full.train --dp 3", "world size 2 is not a multiple of data_parallel_size 3"),
     ("full.train --dp 2 --sp 2", "data_parallel_size 2 x sequence_parallel_size 2 is not the world size 2"),
@@ -297,13 +303,15 @@ def test_the_plan_finds_the_setting():
         config, _, settings = found(f"--gpus 1 --memory 80 {size} --mlp_slices 1 --checkpointing {flags}")
         assert len(settings) == 1 and (gib is None or abs(plan(config, settings[0])["all"] / gib - 1) < 0.1)
         assert step is None or abs(seconds(config, settings[0])[0] / step - 1) < 0.15
+    settings = found(f"--gpus 2 --memory 80 {size} --batch 1")[2]
+    assert settings[0].sp == 2, "a sample that only fills the batch is no work"
     config, args, settings = found(f"--gpus 4 --memory 80 {size} --sp 2 --checkpointing full")
     assert {(one.sp, one.dp, one.checkpointing) for one in settings} == {(2, 2, "full")}
     with pytest.raises(
         ValueError, match="nothing fits 1 x 4 GiB: the least, .*--offload weights --mlp_slices 8, needs"
     ):
         found(f"--gpus 1 --memory 4 {size}")
-    with pytest.raises(ValueError, match="--dp 3 and --sp 2 do not give 4 GPUs"):
+    with pytest.raises(ValueError, match="--dp 3 --sp 2 does not go with 4 GPUs"):
         found(f"--gpus 4 {size} --dp 3 --sp 2")
 
 

@@ -76,6 +76,17 @@ def test_a_shard_that_is_missing(cache):
     found("owner/tiny", ["vae", "scheduler"])  # of no concern there
 
 
+def test_links_that_lead_nowhere_and_shards_without_an_index(cache):
+    file = cache / "text_encoder/model.safetensors"
+    file.rename(cache / "text_encoder/model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match=r"text_encoder/\*.safetensors is missing"):
+        found("owner/tiny")
+    (cache / "text_encoder/model-00001-of-00002.safetensors").unlink()
+    file.symlink_to(cache / "blobs/nothing")
+    with pytest.raises(ValueError, match=r"text_encoder/\*.safetensors is missing"):
+        found("owner/tiny")
+
+
 def test_what_is_fetched(cache, tmp_path):
     """The parts that are used, and no other format of the same weights; whatever the library raises is a sentence."""
     asked = []

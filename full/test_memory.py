@@ -83,8 +83,10 @@ def test_a_limit_is_one_less(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *args: seen.append(args))
-    for gib, kind in ((16.0, None), (1000.0, "cuda"), (16.0, "cpu"), (None, "cuda")):
+    for gib, kind in ((16.0, None), (1000.0, "cuda"), (None, "cpu"), (None, "cuda")):
         limit_memory(gib, kind)
+    with pytest.raises(ValueError, match="--memory limits a GPU, and this runs on a CPU"):
+        limit_memory(16.0, "cpu")
     assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True"
     assert [fraction for fraction, _ in seen] == [15 / 80, 1.0]
 

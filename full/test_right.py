@@ -42,7 +42,7 @@ TINY = HunyuanConfig.preset("tiny")
     (parse_train, "--validate 0.1", "--validate goes with --validate_every"),
     (parse_train, "--sample_prompt x", "--sample_prompt goes with --validate_every"),
     (parse_train, "--data x --height 512", "--data and --height can't be used together"),
-    (parse_infer, "--image a.png", "--image goes with --model or --prompts"),
+    (parse_infer, "--image a.png", "--image goes with --model"),
     (parse_infer, "--embeds a --prompt b", "--embeds and --prompt can't be used together"),
     (parse_infer, "--embeds a --score 3", "--embeds and --score can't be used together"),
     (parse_infer, "--score 3 --prompt b", "--prompt and --score can't be used together"),
@@ -175,6 +175,20 @@ def test_contents_of_samples(tmp_path):
     assert len(set(seen)) == len(seen)
 
 
+def test_contents_of_large_samples(tmp_path):
+    """Each number of a sample of a few MB counts."""
+    file = tmp_path / "data/1.safetensors"
+    tensors = dict(latents=torch.zeros(3, 8, 128, 128), text=torch.ones(2, 32), pooled=torch.ones(32))
+    file.parent.mkdir()
+    seen = set()
+    for place in (None, 0, 7, 130_000, -1):
+        if place is not None:
+            tensors["latents"].view(-1)[place] += 1
+        save_file(tensors, file)
+        seen.add(contents_of(Folder(TINY, tmp_path / "data")))
+    assert len(seen) == 5 and file.stat().st_size > 1 << 20
+
+
 def test_a_resumed_run_says_that_its_samples_are_others(tmp_path):
     for n in range(4):
         sample(tmp_path / f"data/{n}.safetensors")
@@ -194,7 +208,7 @@ def test_a_resumed_run_says_that_its_samples_are_others(tmp_path):
     assert code == 0, printed
     sample(tmp_path / "data/2.safetensors", value=2.0)
     ((code, printed),) = fork("full.train", *flags, "--steps", 2, "--resume", out=tmp_path)
-    assert code == 0 and "changed since the checkpoint: what is in the samples" in printed, printed
+    assert code == 0 and "other than before: what is in the samples" in printed, printed
     assert "do not say what encoded them" not in printed
     sample(tmp_path / "data/1.safetensors", kind=None, encoders=["2-1"])
     ((code, printed),) = fork("full.train", *flags, "--steps", 3, "--resume", out=tmp_path)

@@ -280,13 +280,12 @@ def test_a_resumed_run_says_what_is_other_than_before(tmp_path):
     ((code, printed),) = fork("full.train", *flags, "--steps", 1, "--batch", 3, out=tmp_path)
     assert code == 0 and "global batch 3" in printed and not before.exists(), printed
     ((code, printed),) = fork("full.train", *flags, "--steps", 2, "--resume", out=tmp_path)
-    assert code == 0 and "global batch 3" in printed and "changed since the checkpoint" not in printed, printed
+    assert code == 0 and "global batch 3" in printed and "other than before" not in printed, printed
     more = ["--steps", 3, "--batch", 2, "--lr", 0.5, "--resume"]
     ((code, printed),) = fork("full.train", *flags, *more, out=tmp_path)
     assert (
         code == 0
-        and "changed since the checkpoint: --batch 2 (was 3), --lr 0.5 (was 0.002), --steps 3 (was 2): the learning"
-        in printed
+        and "other than before: --batch 2 (was 3), --lr 0.5 (was 0.002), --steps 3 (was 2): the learning" in printed
     ), printed
     old = (tmp_path / "run/log.jsonl").read_text()
     ((code, printed),) = fork("full.train", *flags, "--steps", 1, "--batch", 2, "--overwrite", out=tmp_path)
@@ -468,6 +467,6 @@ def test_a_checkpoint_of_the_version_before(tmp_path):
     )
     assert code == 0, printed
     ((code, printed),) = fork("full.train", *flags, "--steps", 3, "--resume", "--out", old, out=tmp_path)
-    assert code == 0 and "from step 2" in printed and "changed since the checkpoint" not in printed, printed
+    assert code == 0 and "from step 2" in printed and "other than before" not in printed, printed
     assert numbers_of(old) == numbers_of(tmp_path / "new")[2:]
     assert equal(*(load_checkpoint(run / "step-3") for run in (old, tmp_path / "new")))

@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from full.after import after_training
@@ -158,6 +159,17 @@ def test_a_name_belongs_to_one_program(tmp_path):
         assert code == 0 and (folder / ".abc.part").exists() == bool(name), printed
 
 
+def test_another_program_that_writes_the_same_name(tmp_path):
+    """A name that was free when this one began, and is taken now, is not replaced."""
+    args = parse_infer(["--prompt", "a", "--output", f"{tmp_path}/c"])
+    ours, theirs = (make_clips(args, [prompt], [])[0] for prompt in ("a", "b"))
+    theirs.write(torch.zeros(3, 2, 4, 4), None)
+    before = (tmp_path / "c.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="another program has written .*/c meanwhile: 'a' is not written"):
+        ours.write(torch.ones(3, 2, 4, 4), None)
+    assert (tmp_path / "c.safetensors").read_bytes() == before
+
+
 def test_files_half_written_are_nobodys(tmp_path):
     """Each writer has a name of its own, follows no link that waits there, and leaves nothing when it fails."""
     file, victim = tmp_path / "a.json", tmp_path / "victim"
@@ -195,6 +207,7 @@ def test_a_second_run_in_a_folder(tmp_path):
     for n in (2, 3):
         ((code, printed),) = fork("full.train", *flags, "--seed", n, "--overwrite", out=tmp_path)
         assert code == 0, printed
+    assert sorted(p.name for p in (tmp_path / "run").glob("earlier-*/*")) == ["step-1", "step-1"]
     logs = [tmp_path / "run" / f"{name}.jsonl" for name in ("log-before", "log-before-2", "log")]
     assert len({json.loads(log.read_text())["loss"] for log in logs}) == 3
     (tmp_path / "other").mkdir()

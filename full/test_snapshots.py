@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import full.infer
@@ -331,6 +332,7 @@ def test_a_lora_run_is_sampled_and_exported(more, tune, snapshot, tmp_path):
     tuned = clip_of(tmp_path, "tuned", *words, "--checkpoint", out)
     assert (tuned - clip_of(tmp_path, "base", *words)).abs().max() > 1e-3
     close(clip_of(tmp_path, "file", *words, "--lora", file), tuned, 1e-5)
+    close(clip_of(tmp_path, "step", *words, "--checkpoint", out / "step-12"), tuned, 1e-5)
     merged = HunyuanVideo(Snapshot(snapshot).config)
     load_weights(merged, snapshot / "transformer")
     if not more:  # on another base it is said
@@ -366,5 +368,15 @@ def test_prompts_are_encoded_alone(snapshot, tmp_path):
     embedded = [clip_of(tmp_path, f"embedded-{n}", "--model", snapshot, "--embeds", files[n]) for n in range(2)]
     close(clip_of(tmp_path, "worded", "--model", snapshot, "--prompt", "a cat"), embedded[1], 1e-5)
     assert (embedded[0] - embedded[1]).abs().max() > 1e-3
+    with safe_open(files[0], "pt") as handle:
+        made_by = json.loads(handle.metadata()["made_by"]) | dict(kind="token_replace")
+    save_file(load_file(files[0]), tmp_path / "other.safetensors", dict(made_by=json.dumps(made_by)))
+    words = ["--model", snapshot, "--embeds", tmp_path / "other.safetensors", "--output", tmp_path / "never"]
+    printed = run(tmp_path, "full.infer", *words, *SIZE, code=1)
+    assert "other.safetensors was made with another kind: make it again with full.encode --prompts" in printed
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    printed = run(tmp_path, "full.encode", *flags, code=1)
+    assert "0000.safetensors is of another prompt, 'a dog': give another --output" in printed
+    (tmp_path / "prompts.txt").write_text("a dog\n\na cat\n")
     printed = run(tmp_path, "full.encode", *flags, "--image", tmp_path / "none.png", code=1)
     assert "is a text-to-video model: --image is not used" in printed

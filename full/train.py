@@ -215,7 +215,8 @@ class Run:
     def write_lora(self, step, folder):
         """Write lora.safetensors into a checkpoint, and copy it to --out as the newest one."""
         name = "lora.safetensors"
-        base = Path(self.args.model or self.args.weights or "random").name
+        named = self.args.model and self.args.named  # of the hub: OWNER/NAME
+        base = named if named and not Path(named).exists() else Path(named or self.args.weights or "random").name
         size = " x ".join(map(str, largest_shape(self.data)))
         header = dict(base=base, steps=step, shift=self.args.shift, size=size)
         with self.average.used():
