@@ -99,9 +99,7 @@ NEEDS = "lora_alpha-lora init_lora-lora validate-validate_every sample_prompt-va
 NEEDS += " negative_embeds-embeds negative_embeds-cfg negative_prompt-cfg no_buckets-videos"
 # flags of which only one is used
 APART = "embeds-prompt embeds-prompts embeds-score prompt-score prompts-score negative_embeds-negative_prompt videos-prompts"
-APART += (
-    " data-height data-width data-frames checkpoint-config clips-score overwrite-score resume-overwrite"
-)
+APART += " data-height data-width data-frames checkpoint-config clips-score overwrite-score resume-overwrite"
 
 
 def parse_flags(parser, argv=None):
