@@ -39,7 +39,7 @@ def parallelise(model, group, plan=None):
 
 
 class Split:
-    """What a processor holds as its config, and a hook: the group, and the lengths of the streams that are split so far."""
+    """Hold, as a processor's config and for a hook, the group, and the lengths of the streams that are split so far."""
 
     def __init__(self, path, group, lengths):
         self.path, self.group, self.lengths, self.known = path, group, lengths, {}

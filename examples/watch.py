@@ -1,4 +1,4 @@
-"""What ranks ask each other, and a watch over a model's first forward: for what would be silently wrong."""
+"""Let ranks ask each other, and watch over a model's first forward: for what would be silently wrong."""
 
 import sys
 

@@ -1,5 +1,5 @@
-"""What a LoRA's header, and the JSON files beside it, say of it: alpha, rank, kind, base model, under the names that trainers give
-them. Contradictions, other kinds and other base models are refused.
+"""Read what a LoRA's header and the JSON files beside it say of it: alpha, rank, kind and base model, under the names that
+trainers give them. Contradictions, other kinds and other base models are refused.
 """
 
 import json

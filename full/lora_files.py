@@ -42,7 +42,7 @@ FLUX = dict(double=19, single=38)  # blocks, of this model's names and shapes
 
 
 class Part(NamedTuple):
-    """What a file adds to some rows of a parameter: scale * b @ a, or b itself if there is no a."""
+    """Hold what a file adds to some rows of a parameter: scale * b @ a, or b itself if there is no a."""
 
     name: str
     naming: str
