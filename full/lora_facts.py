@@ -141,6 +141,11 @@ def flatten(file, source, content, inside="", depth=0):
             )
 
 
+def says_ours(facts):
+    """Return whether it says that it is for this model."""
+    return any(re.search(OURS, value, re.I) for _, value in facts.base)
+
+
 def check_base(file, facts):
     """Raise ValueError if the file says that it is for another model."""
     for key, value in facts.base:

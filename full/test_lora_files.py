@@ -220,6 +220,8 @@ def test_another_depth_is_another_model(tmp_path):
 
     with pytest.raises(ValueError, match="covers the first 3 of 4 double blocks and the first 2 of 4 single blocks"):
         merge_lora(model, write(tmp_path / "flux.safetensors", lora(range(3), range(2))))
+    ours = {"modelspec.architecture": "hunyuan-video/lora"}  # which may be of its first blocks
+    merge_lora(model, write(tmp_path / "ours.safetensors", lora(range(3), range(2)), ours))
     for blocks in ((range(4), range(4)), (range(4), ()), ((1, 2), (3,)), (range(3), (2, 3))):
         merge_lora(model, write(tmp_path / "part.safetensors", lora(*blocks)))
 
