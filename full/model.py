@@ -54,6 +54,12 @@ class Source:
                 raise ValueError(f"{self.path} is of another model than --model or --config: {wrong}")
             config = trained
         self.config, self.lora = config, bool(self.manifest.get("lora"))
+        own = {(folder / "lora.safetensors").resolve() for folder in (self.path, self.path.parent)} if self.lora else ()
+        for file, _ in lora_files(args.lora):
+            if Path(file).resolve() in own:
+                raise ValueError(
+                    f"--lora {file} is what --checkpoint holds, and would be added twice: give one of them"
+                )
         if self.lora and not args.weights:
             raise ValueError(f"{self.path} is a LoRA: give its base model too, with --model or --weights")
         if self.path and not self.lora and "weights" in args.given:

@@ -339,6 +339,8 @@ def test_a_lora_run_is_sampled_and_exported(more, tune, snapshot, tmp_path):
         save_file({k: x + 1e-3 for k, x in merged.state_dict().items()}, tmp_path / "other.safetensors")
         flags = [*words, *SIZE, "--checkpoint", out, "--output", tmp_path / "on-other"]
         printed = run(tmp_path, "full.infer", *flags, "--weights", tmp_path / "other.safetensors")
+        printed_twice = run(tmp_path, "full.infer", *flags, "--lora", out, code=1)
+        assert "is what --checkpoint holds, and would be added twice" in printed_twice
         assert "step-12: LoRA of rank 2, alpha 4" in printed and "step-12 was trained on other weights than" in printed
     base = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
     merge_lora(merged, file)
