@@ -185,11 +185,13 @@ def check_embeds(files, snapshot, image):
 
     image: the file of --image or None. Embeds that do not say what made them are taken.
     """
-    for file in files or ():
+    if not files:
+        return
+    now = dict(kind=snapshot.kind, image=image and checksum(image))
+    now |= dict(encoders=snapshot.facts()) if (snapshot.folder / "text_encoder").is_dir() else {}
+    for file in files:
         with open_safetensors(file) as handle:
             stored = json.loads((handle.metadata() or {}).get("made_by", "{}"))
-        now = dict(kind=snapshot.kind, image=image and checksum(image))
-        now |= dict(encoders=snapshot.facts()) if (snapshot.folder / "text_encoder").is_dir() else {}
         if wrong := [name for name in now if name in stored and stored[name] != now[name]]:
             raise ValueError(
                 f"{file} was made with another {', '.join(wrong)}: make it again with full.encode --prompts"

@@ -68,7 +68,7 @@ def encode(args):
     facts = snapshot.facts()
     pm.check_equal(vars(args) | dict(encoders=facts), pm.world_group)
     claim(args.output)
-    return encode_prompts(pm, snapshot, args) if args.prompts else encode_videos(pm, snapshot, facts, args)
+    return encode_prompts(pm, snapshot, facts, args) if args.prompts else encode_videos(pm, snapshot, facts, args)
 
 
 def encode_videos(pm, snapshot, facts, args):
@@ -198,15 +198,15 @@ def check_older(folder, prompts):
             raise ValueError(f"{file} is of another prompt, {str(prompt)[:60]!r}: give another --output")
 
 
-def encode_prompts(pm, snapshot, args):
-    """Encode each prompt -> OUTPUT/0000.safetensors, .. with text and pooled, by rank 0."""
+def encode_prompts(pm, snapshot, facts, args):
+    """Encode each prompt -> OUTPUT/0000.safetensors, .. with text and pooled, by rank 0. facts: the snapshot's."""
     if bool(args.image) != bool(snapshot.kind):
         wanted = "a prompt's text depends on the first frame: give --image" if snapshot.kind else "--image is not used"
         raise ValueError(f"{args.model} is a {snapshot.kind or 'text-to-video'} model: {wanted}")
     image = read_image(args.image) if args.image else None
     prompts = faults.on_main(lambda: lines_of(args.prompts))
     faults.on_main(lambda: check_older(Path(args.output), prompts))
-    made_by = dict(kind=snapshot.kind, encoders=snapshot.facts(), image=args.image and checksum(args.image))
+    made_by = dict(kind=snapshot.kind, encoders=facts, image=args.image and checksum(args.image))
     size = args.width, args.height
     texts, _ = snapshot.encode(pm, prompts, image=image, size=size)
 

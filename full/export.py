@@ -56,8 +56,8 @@ def export(args):
     check_range(args, "timeout", 1e-9, 1e7)
     check_together(args)
     find_model(args, ["transformer"])
-    check_output(args)
     config = resolve(args)
+    check_output(args)
     if not (args.weights or args.checkpoint):
         raise ValueError("nothing to export: give --checkpoint, --model or --weights")
     lora_files(args.lora)

@@ -94,7 +94,7 @@ def add_speed_flags(parser):
     )
 
 
-# FLAG-OTHER or FLAG-OTHER|ANOTHER: with FLAG, one of the others must be given too
+# FLAG-OTHER: with FLAG, the other must be given too
 NEEDS = "lora_alpha-lora init_lora-lora validate-validate_every sample_prompt-validate_every image-model"
 NEEDS += " negative_embeds-embeds negative_embeds-cfg negative_prompt-cfg no_buckets-videos"
 # flags of which only one is used
@@ -115,8 +115,8 @@ def check_together(args, apart=""):
     """Raise ValueError for flags that are given and would not be used. apart: more pairs that exclude each other."""
     for pair in NEEDS.split():
         name, needed = pair.split("-")
-        if name in args.given and not set(needed.split("|")) & set(args.changed):
-            raise ValueError(f"--{name} goes with --{needed.replace('|', ' or --')}")
+        if name in args.given and needed not in args.changed:
+            raise ValueError(f"--{name} goes with --{needed}")
     for pair in (APART + " " + apart).split():
         one, other = pair.split("-")
         if {one, other} <= set(args.given):

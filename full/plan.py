@@ -25,6 +25,7 @@ from full.memory import pinned
 from hunyuan_sp import HunyuanVideo
 
 TEXT = 60  # text tokens of a sample
+SHAPES = {}  # the largest sample's shape, by the flags that decide it
 MARGIN = 0.95  # of a GPU's memory, without the GiB that CUDA takes: what an estimate may fill
 
 
@@ -95,9 +96,17 @@ def rows_of(args, dp):
     return -(-(args.batch or default_batch(args, dp)) // (dp * args.accumulation))
 
 
+def shape_of(config, args):
+    """Return [C, T, h, w] of the largest sample's latents. A search asks for each setting: the samples are read once."""
+    key = config, args.data, args.model, args.config, args.height, args.width, args.frames
+    if key not in SHAPES:
+        SHAPES[key] = largest_shape(build_data(config, args))
+    return SHAPES[key]
+
+
 def tokens_of(config, args):
     """Return the video tokens of the largest sample."""
-    return math.prod(largest_shape(build_data(config, args))[1:]) // math.prod(config.patch_size)
+    return math.prod(shape_of(config, args)[1:]) // math.prod(config.patch_size)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -141,7 +150,7 @@ def seconds(config, args):
 
 
 def search(config, args):
-    """Return the settings that fit, [(flags, args)], the fastest a sample first; a slower one only if it needs less memory.
+    """Return the settings that fit, as args, the fastest a sample first; a slower one only if it needs less memory.
 
     ValueError, with the one that needs least, if none fits.
     """
@@ -184,7 +193,7 @@ def flags_of(args):
 
 def report(config, args):
     """Return what is printed of one setting."""
-    parts, (step, exchanged), shape = plan(config, args), seconds(config, args), largest_shape(build_data(config, args))
+    parts, (step, exchanged), shape = plan(config, args), seconds(config, args), shape_of(config, args)
     _, frames, height, width = shape
     toy = config.out_channels == 3
     facts = dict(video="the toy's" if toy else f"{8 * height} x {8 * width} x {4 * frames - 3}", flags=flags_of(args))

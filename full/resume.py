@@ -52,10 +52,15 @@ def find_start(checkpoints, out, resume=None, overwrite=False):
     return path, state
 
 
+def made_before(out):
+    """Return what an earlier run has left that a new one would replace: its checkpoints, and its LoRA."""
+    lora = out / "lora.safetensors"
+    return [path for path, _ in manifests(out)] + [lora] * lora.exists()
+
+
 def check_unused(out):
     """Raise ValueError if an earlier run has left files that a new one would replace."""
-    made = [path.name for path, _ in manifests(out)]
-    made += ["lora.safetensors"] * (out / "lora.safetensors").exists()
+    made = [path.name for path in made_before(out)]
     if made:
         ways = "--resume continues it, another --out keeps it, --overwrite starts anew and puts its files aside"
         raise ValueError(f"{out} has an earlier run ({', '.join(made[:3])}{', ..' * (len(made) > 3)}): {ways}")
@@ -63,8 +68,7 @@ def check_unused(out):
 
 def put_aside(out):
     """Move an earlier run's checkpoints and LoRA to --out/earlier-N, so that --resume can't continue them by mistake."""
-    made = [path for path, _ in manifests(out)]
-    made += [out / "lora.safetensors"] * (out / "lora.safetensors").exists()
+    made = made_before(out)
     aside = out / f"earlier-{1 + len([*out.glob('earlier-*')])}"
     for path in made:
         aside.mkdir(exist_ok=True)
