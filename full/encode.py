@@ -23,7 +23,7 @@ from full.flags import add_machine_flags, check_range, check_together, parse_fla
 from full.folder import Folder
 from full.hub import find_model
 from full.screen import printed_time, say
-from full.snapshot import ENCODERS, PARTS, Snapshot, TextEncoders, of_library, template_of
+from full.snapshot import BESIDE_DIT, Snapshot, TextEncoders, of_library, template_of
 from full.vae import encode_frames
 from full.video import read_frames, read_image
 
@@ -62,7 +62,7 @@ def encode(args):
         raise ValueError(f"--no_buckets takes a height and width in steps of 16: {near} would do")
     if not (args.videos or args.prompts):
         raise ValueError("give --videos FOLDER or --prompts FILE")
-    find_model(args, [*PARTS[1:], *ENCODERS, "image_processor", "transformer/config.json"])
+    find_model(args, [*BESIDE_DIT, "transformer/config.json"])
     snapshot = Snapshot(args.model)
     pm = faults.init(None, 1, args.device, args.timeout)
     facts = snapshot.facts()

@@ -41,7 +41,7 @@ from full.lora import lora_files
 from full.memory import cure, limit_memory
 from full.model import Source, resolve
 from full.screen import Bar, Stages, say
-from full.snapshot import ENCODERS, PARTS, Snapshot, template_of
+from full.snapshot import BESIDE_DIT, PARTS, Snapshot, template_of
 from full.speed import Clock
 from full.vae import decode
 from full.video import read_image
@@ -220,7 +220,7 @@ def resolve_inputs(args):
 
     It fills in flags that follow from others. ValueError if they do not fit the model.
     """
-    find_model(args, PARTS + (ENCODERS + ["image_processor"]) * (not args.embeds))
+    find_model(args, PARTS if args.embeds else ["transformer", *BESIDE_DIT])
     snapshot = Snapshot(args.model, encoders=not args.embeds) if args.model is not None else None
     config = resolve(args)
     if snapshot:

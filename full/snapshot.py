@@ -20,7 +20,8 @@ from full.video import check_encoder
 from full.weights import weight_files
 
 PARTS = "transformer vae scheduler".split()
-ENCODERS = "text_encoder text_encoder_2 tokenizer tokenizer_2".split()  # and image_processor, if the snapshot has one
+ENCODERS = "text_encoder text_encoder_2 tokenizer tokenizer_2".split()
+BESIDE_DIT = [*PARTS[1:], *ENCODERS, "image_processor"]  # the last one, if the snapshot has it
 
 
 class Snapshot:
@@ -103,7 +104,7 @@ class Snapshot:
 
 def encoder_files(folder):
     """Return the files of a snapshot, sorted, without the DiT's."""
-    parts = [Path(folder, part) for part in (*PARTS[1:], *ENCODERS, "image_processor")]
+    parts = [Path(folder, part) for part in BESIDE_DIT]
     files = [file for part in parts for file in sorted(part.rglob("*"))]
     return [file for file in files if file.is_file() and file.name[0] != "."]
 

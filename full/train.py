@@ -49,7 +49,7 @@ from full.offload import offloaded
 from full.resume import check_same, end_run, find_start, say_changes, say_oddities, what_is_trained
 from full.screen import Progress, say
 from full.slices import slice_mlps
-from full.snapshot import ENCODERS, PARTS
+from full.snapshot import BESIDE_DIT
 from full.speed import Clock, work_of
 from full.validation import validate
 from full.weights import load_weights, weight_files
@@ -128,7 +128,7 @@ class Run:
     """Build the parts of a run on every rank, and do what happens between its steps: requests, validation, saves."""
 
     def __init__(self, args):
-        find_model(args, [*PARTS, *ENCODERS, "image_processor"])
+        find_model(args, ["transformer", *BESIDE_DIT])
         config = get_config(args)
         check_train(args, config)
         take_from_model(args)
