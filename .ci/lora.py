@@ -1,13 +1,14 @@
 """Time a training step of a LoRA of rank 32 on the full 13B (random weights, frozen in bf16), all GPUs in one sp group:
 
     $ torchrun --nproc_per_node=1 .ci/lora.py 720x1280x49 attention
-    $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x129 attention offload
-    $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x129 full offload        # for GPUs of 48 GB
-    $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x49 full offload weights memory=8           # the weights too
-    $ torchrun --nproc_per_node=1 .ci/lora.py 720x1280x129 full offload weights memory=24 slices=8 steps=2
+    $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x129 attention activations
+    $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x49 attention activations weights memory=8
+    $ torchrun --nproc_per_node=1 .ci/lora.py 720x1280x129 full activations weights memory=24 slices=8 steps=2
 
-It prints a JSON line: seconds of each step (the first two compile and allocate), peak memory. Without trained modulations a fresh
-model's gates would stay zero, and zeros run faster: so all weights are random.
+activations and weights are full.train's --offload. Several runs of one model, which is made once: put `then` between them, those
+with slices last. It prints a JSON line a run: seconds of each step (the first two compile and allocate), peak memory, the gradient
+norm of the first step. Without trained modulations a fresh model's gates would stay zero, and zeros run faster: so all weights are
+random.
 """
 
 import contextlib
@@ -31,53 +32,75 @@ from full.speed import forward_flops  # noqa: E402
 from hunyuan_sp import HunyuanConfig, HunyuanVideo, latent_shape  # noqa: E402
 
 
-def main(size, checkpointing, *words):
-    offload, numbers = "offload" in words, dict(memory=0, slices=1, steps=4)
-    numbers |= {name: int(value) for name, _, value in (word.partition("=") for word in words) if value}
-    limit_memory(numbers["memory"], "cuda")
-    manager, config = ParallelManager(1, None), HunyuanConfig.preset("13b")
-    shape = latent_shape(config, *map(int, size.split("x")))
+def main(*words):
+    runs, manager, config = parse(words), ParallelManager(1, None), HunyuanConfig.preset("13b")
+    torch.set_num_threads(len(os.sched_getaffinity(0)) // torch.cuda.device_count())
+    device, generator = manager.device, torch.Generator(manager.device).manual_seed(0)
+    model, optimizer = build_model(manager, config, "weights" in runs[0]["words"], generator)
+    for run in runs:
+        measure(manager, model, optimizer, config, device, generator, **run)
+    manager.close()
+
+
+def parse(words):
+    """Return the arguments of `measure` of each run."""
+    runs = []
+    for run in " ".join(words).split(" then "):
+        size, checkpointing, *rest = run.split()
+        numbers = {name: int(value) for name, _, value in (word.partition("=") for word in rest) if value}
+        runs.append(dict(size=size, checkpointing=checkpointing, words=rest) | numbers)
+    return runs
+
+
+def build_model(manager, config, on_host, generator):
     with torch.device("meta"):
         model = HunyuanVideo(config).to(torch.bfloat16)
         add_lora(model, 32)
-    slice_mlps(model, numbers["slices"])
-    host = CPUOffloadPolicy() if "weights" in words else None
-    manager.shard(model, model.blocks, torch.bfloat16, offload_policy=host)
-    torch.set_num_threads(len(os.sched_getaffinity(0)) // torch.cuda.device_count())
-    device, generator = manager.device, torch.Generator(manager.device).manual_seed(0)
+    manager.shard(model, model.blocks, torch.bfloat16, offload_policy=CPUOffloadPolicy() if on_host else None)
     for param in model.parameters():
         local = param.to_local().data
-        local.copy_(torch.randn(local.shape, device=device, generator=generator).mul_(0.02))
+        local.copy_(torch.randn(local.shape, device=manager.device, generator=generator).mul_(0.02))
     model.compile_blocks()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+    return model, optimizer
+
+
+def measure(
+    manager, model, optimizer, config, device, generator, size, checkpointing, words, memory=0, slices=1, steps=4
+):
+    shape = latent_shape(config, *map(int, size.split("x")))
+    torch.compiler.reset()  # each run compiles for its own size, as a program of its own would
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    limit_memory(memory, "cuda")
+    slice_mlps(model, slices)
+    offload = "activations" in words
     given = dict(latents=torch.randn(1, *shape, device=device, generator=generator), lengths=[60])
     given |= dict(text=torch.randn(1, 60, 4096, device=device, generator=generator))
     given |= dict(pooled=torch.randn(1, 768, device=device, generator=generator))
     given |= dict(timestep=torch.full((1,), 500.0, device=device), guidance=torch.full((1,), 1000.0, device=device))
-    tokens, seconds = shape[1] * shape[2] * shape[3] // 4, []
+    tokens, seconds, norms = shape[1] * shape[2] * shape[3] // 4, [], []
     rules = dict(group=manager.sp_group, gather=False, checkpointing=checkpointing)
-    for _ in range(numbers["steps"]):
+    for _ in range(steps):
         torch.cuda.synchronize()
         began = time.perf_counter()
         with offloaded() if offload else contextlib.nullcontext():
             velocity = model(**given, **rules)
             manager.backward(model, velocity.float().square().sum() / (tokens * 64))
-        norm = manager.clip_grad_norm(model, 1.0)
-        assert 0 < norm < float("inf"), norm  # a step that is skipped is fast
+        norms.append(float(manager.clip_grad_norm(model, 1.0)))
+        assert 0 < norms[-1] < float("inf"), norms  # a step that is skipped is fast
         manager.step(optimizer)
         torch.cuda.synchronize()
         seconds.append(round(time.perf_counter() - began, 3))
         if manager.is_main:
             print(seconds[-1], flush=True)
     flops = forward_flops(config, tokens, 60, linears=2, attention=3)  # frozen weights have no gradients of their own
-    report = dict(size=size, tokens=tokens, checkpointing=checkpointing, offload=offload, gpus=manager.world_size)
-    report |= numbers | dict(weights="host" if host else "gpu")
+    report = dict(size=size, tokens=tokens, checkpointing=checkpointing, words=words, gpus=manager.world_size)
     report |= dict(gpu=torch.cuda.get_device_name(), seconds=seconds, gib=torch.cuda.max_memory_allocated() / 2**30)
-    report |= dict(weights_gib=sum(p.to_local().nbytes for p in model.parameters()) / 2**30)
+    report |= dict(weights_gib=sum(p.to_local().nbytes for p in model.parameters()) / 2**30, norm=norms[0])
     report |= dict(tflops=round(flops / min(seconds) / manager.world_size / 1e12, 1))
     if manager.is_main:
         print(json.dumps(report), flush=True)
-    manager.close()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Little memory: the MLP in slices, a host that is too small, and the cure for a GPU that is too small."""
 
+import contextlib
 import os
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import full.memory
+import full.offload
 from full import faults
 from full.fa4 import fastest_kernel
 from full.flags import parse_train
@@ -15,6 +18,7 @@ from full.infer import parse as parse_infer
 from full.lora import add_lora, layers_of
 from full.memory import check_host, cure, host_left, limit_memory
 from full.slices import slice_mlps
+from hunyuan_sp import CHECKPOINTING, KEPT
 from test_sp import CONFIG, close, draws, eager_compiler, random_inputs, random_model
 
 
@@ -65,6 +69,58 @@ def test_mlps_in_slices_keep_less():
     assert kept[1] < 0.85 * kept[0], kept
 
 
+class Moved:
+    """Stand in for full.offload.OnHost on a machine without a GPU: note when each tensor sets out and when it is taken."""
+
+    made, log = 0, []
+
+    def __init__(self, x):
+        self.x, self.number, self.back = x.clone(), Moved.made, False
+        Moved.made += 1
+
+    def fetch(self):
+        if not self.back:
+            Moved.log.append(("sets out", self.number))
+        self.back = True
+
+    def take(self):
+        assert self.back
+        Moved.log.append(("taken", self.number))
+        return self.x
+
+
+class Counted(TorchDispatchMode):
+    """Count the attention kernels that really run."""
+
+    runs = 0
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        self.runs += kernel in KEPT
+        return kernel(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("checkpointing, runs, made, late", [("attention", 1, 28, 4), ("full", 2, 20, 1)])
+def test_what_checkpointing_keeps_lies_on_the_host(checkpointing, runs, made, late, monkeypatch):
+    """Every tensor comes back once, and sets out before the one before it is taken: all but the first, and the first of the two
+    samples' attention in a block. That output is kept with `attention`, which runs once. The gradients are those without."""
+    truth, plain = trained(False, 1, "none"), CHECKPOINTING["attention"]
+    monkeypatch.setattr(Moved, "made", 0)
+    monkeypatch.setattr(Moved, "log", [])
+    monkeypatch.setattr(full.offload, "OnHost", Moved)
+    monkeypatch.setattr(full.offload, "is_large", lambda x: torch.is_tensor(x) and x.numel() >= 800)
+    with full.offload.offloaded(), Counted() as count:
+        ours = trained(False, 1, checkpointing)
+    assert CHECKPOINTING["attention"] is plain
+    assert count.runs == 2 + runs * 8  # the refiner's is not checkpointed
+    taken = [number for what, number in Moved.log if what == "taken"]
+    assert sorted(taken) == list(range(made))
+    at_once = [n for n in taken if Moved.log.index(("taken", n)) - Moved.log.index(("sets out", n)) == 1]
+    assert len(at_once) <= late, Moved.log
+    close(ours[0], truth[0])
+    for name, gradient in truth[1].items():
+        close(ours[1][name], gradient)
+
+
 def test_a_host_that_is_too_small():
     assert 0 < host_left() < float("inf")
     with torch.device("meta"):
@@ -109,3 +165,18 @@ def test_a_gpu_that_is_too_small_names_what_would_fit():
 def test_the_fastest_kernel_without_a_gpu():
     assert fastest_kernel(torch.device("cpu")) == "sdpa" and parse_infer([]).attention == "auto"
     assert parse_train("", []).attention == "sdpa"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies beside the computation need a GPU")
+def test_attention_comes_back_from_the_host(monkeypatch):
+    """In bfloat16, with the kernels that checkpointing keeps: gradients as without offloading, up to the order of sums."""
+    monkeypatch.setattr(full.offload, "LARGE", 1)
+    model = random_model(CONFIG, "cuda").to(torch.bfloat16)
+    inputs = random_inputs(CONFIG, (3, 4, 6), [5, 2], "cuda")
+    grads = []
+    for around in (contextlib.nullcontext, full.offload.offloaded):
+        with around():
+            out = model(**inputs, checkpointing="attention")
+            grads.append(torch.autograd.grad(out.float().square().sum(), [*model.parameters()]))
+    for ours, true in zip(*grads):
+        close(ours, true, 0.02)
