@@ -5,8 +5,8 @@
     $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x49 attention activations weights memory=8
     $ torchrun --nproc_per_node=1 .ci/lora.py 720x1280x129 full activations weights memory=24 slices=8 steps=2
 
-activations and weights are full.train's --offload. Several runs of one model, which is made once: put `then` between them, those
-with slices last. It prints a JSON line a run: seconds of each step (the first two compile and allocate), peak memory, the gradient
+activations and weights are full.train's --offload. Several runs of one model, which is made once: put `then` between them.
+It prints a JSON line a run: seconds of each step (the first two compile and allocate), peak memory, the gradient
 norm of the first step. Without trained modulations a fresh model's gates would stay zero, and zeros run faster: so all weights are
 random.
 """
@@ -33,7 +33,9 @@ from hunyuan_sp import HunyuanConfig, HunyuanVideo, latent_shape  # noqa: E402
 
 
 def main(*words):
-    runs, manager, config = parse(words), ParallelManager(1, None), HunyuanConfig.preset("13b")
+    runs = parse(words)
+    limit_memory(runs[0].get("memory"), "cuda")
+    manager, config = ParallelManager(1, None), HunyuanConfig.preset("13b")
     torch.set_num_threads(len(os.sched_getaffinity(0)) // torch.cuda.device_count())
     device, generator = manager.device, torch.Generator(manager.device).manual_seed(0)
     model, optimizer = build_model(manager, config, "weights" in runs[0]["words"], generator)
@@ -71,8 +73,11 @@ def measure(
     shape = latent_shape(config, *map(int, size.split("x")))
     torch.compiler.reset()  # each run compiles for its own size, as a program of its own would
     torch.cuda.empty_cache()
+    torch._C._host_emptyCache()  # pinned memory of other sizes
     torch.cuda.reset_peak_memory_stats()
     limit_memory(memory, "cuda")
+    for module in (*(block.img_mlp for block in model.double_blocks), *model.single_blocks):
+        vars(module).pop("forward", None)  # the slices of an earlier run
     slice_mlps(model, slices)
     offload = "activations" in words
     given = dict(latents=torch.randn(1, *shape, device=device, generator=generator), lengths=[60])

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map
 from hunyuan_sp import CHECKPOINTING, KEPT
 
 SIDE, LARGE = {}, 1 << 20  # each GPU's stream for copies during the computation; tensors with fewer elements stay
-AHEAD = 2  # tensors that come back before they are asked for: the next block's input and attention
 
 
 @contextlib.contextmanager
@@ -33,7 +32,7 @@ def offloaded():
             return kept
         if kept in waiting:
             waiting.remove(kept)
-        for one in (kept, *waiting[-AHEAD:]):
+        for one in (kept, *waiting[-1:]):  # the next one, too, comes back from now on
             one.fetch()
         return kept.take()
 
@@ -60,7 +59,8 @@ class OnHost:
         self.side, self.back = SIDE[x.device], None
         self.side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self.side):
-            self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            # the strides stay: an attention's backward may be planned for those of its output
+            self.host = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
             x.record_stream(self.side)
 
     def fetch(self):
