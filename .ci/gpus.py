@@ -16,7 +16,7 @@ from full.plan import add_flags, flags_of, plan, search, seconds  # noqa: E402
 CASES = [  # GPUs, GiB, height, width, frames, flags
     (1, 8, 544, 960, 49, "--lora 32 --mlp_slices 1"),
     (1, 12, 720, 1280, 49, "--lora 32 --mlp_slices 1"),
-    (1, 24, 720, 1280, 129, "--lora 32 --mlp_slices 8"),
+    (1, 24, 720, 1280, 129, "--lora 32 --mlp_slices 8 --checkpointing full"),
     (1, 40, 720, 1280, 49, "--lora 32 --mlp_slices 1 --checkpointing full --offload activations"),
     (1, 80, 720, 1280, 49, "--lora 32 --mlp_slices 1"),
     (1, 80, 544, 960, 129, "--lora 32 --mlp_slices 1"),

@@ -44,14 +44,15 @@ def plan(config, args):
     within 10 % of what was measured.
 
     In multiples of one activation, 2 bytes x hidden size for each of a rank's tokens: what a block keeps until its backward,
-    and what the backward of one block works with, whole and with its MLP in slices (not measured yet). The keys are
-    --checkpointing's.
+    and what the backward of one block works with, plain and with its MLP in slices (not measured but with full offloaded).
+    The keys are --checkpointing's.
     """
-    whole, sliced = dict(none=((18, 24), (14, 15)), attention=((2, 22), (2, 13)), full=((1, 30), (1, 17)))[
-        args.checkpointing
-    ]
-    blocks, working = sliced if args.mlp_slices > 1 else whole
-    kept = blocks - ("activations" in args.offload)
+    sizes = dict(none=((18, 24), (14, 15)), attention=((2, 22), (2, 13)), full=((1, 30), (1, 17)))
+    plain, sliced = sizes[args.checkpointing]
+    on_host = 0
+    if "activations" in args.offload:  # what works holds what comes back, too
+        on_host, plain, sliced = plain[0], (0, 32), (0, 18)
+    kept, working = sliced if args.mlp_slices > 1 else plain
     dp, shard = args.dp or 1, args.shard_size or (args.dp or 1) * args.sp
     params, largest, count = sizes_of(config, args.lora)
     trained, frozen = (sum(n for n, trains in params if trains == kind) for kind in (True, False))
@@ -71,7 +72,7 @@ def plan(config, args):
         for n, trains in params:
             parts["host"] += 2 * pinned(4 * n / shard) + 8 * n / shard if trains else pinned(2 * n / shard)
     if "activations" in args.offload:
-        parts["host"] += count * pinned(activation)
+        parts["host"] += on_host * count * pinned(activation)
     # the kept activations go as the gradients come
     parts["all"] = parts["weights"] + parts["optimizer"] + max(parts["kept"], parts["gradients"]) + parts["working"]
     return {name: round(value / 2**30, 1) for name, value in parts.items()}
@@ -142,6 +143,8 @@ def seconds(config, args):
         total += HOST_SHOWN * copies + HOST_ADAMW * trained / ranks
     else:
         total += ADAMW * trained / ranks
+    if "activations" in args.offload and args.checkpointing == "attention":
+        total += HOST_SHOWN * samples * blocks * 2 * 2 * width * local / HOST_COPY  # its output leaves and comes back
     return total, (samples * blocks * sent + weights) / 1e9
 
 

@@ -246,7 +246,7 @@ def test_plan():
         if "--offload weights" in flags and "--lora" not in flags:
             ranks, host = args.sp, float(re.search(r"two ranks took\s+(\d+) GiB", text)[1])
             assert abs(ranks * plan(get_config(args), args)["host"] / host - 1) < 0.1
-    assert len(rows) == 15 and sum(bool(step) for *_, step in rows) == 13
+    assert len(rows) == 17 and sum(bool(step) for *_, step in rows) == 15
 
 
 def test_bytes_of_a_block():
