@@ -10,9 +10,10 @@ around attention the ranks trade tokens for heads. 4 tokens × 4 heads on 2 rank
     half the tokens, all heads            gather heads       30 31       32 33
                                                              all tokens, half the heads
 
-The gradient rule: each collective's backward is the exact transpose of its forward, so on every rank autograd gives the
-gradient of the SUM over ranks of the local losses. With `local loss = sum over my tokens / global count`, a parameter's
-gradient is the plain sum over all dp × sp ranks. There is no other factor, for any parameter, at any uneven length.
+The gradient rule: each collective's backward is the exact transpose of its forward. So autograd on rank r gives the
+derivative of the SUM of all ranks' losses by rank r's own copy of a weight. The copies are one weight: its gradient is
+the plain sum over all dp × sp ranks, with `local loss = sum over my tokens / global count`. There is no other factor,
+for any parameter, at any uneven length.
 
 Copy it into any model: `split_sequence(x, group)` before the blocks, `ulysses(kernel, q, k, v, group, length)` for the
 attention, `gather_sequence(x, group, length)` after the blocks. A group of None is one device, everywhere.
@@ -33,7 +34,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_sh
 from torch.profiler import record_function
 
 # --------------------------------------------------------------------------------------------------------------------
-# sizes are pure functions of (length, ranks): no rank ever asks another one for a shape
+# sizes are pure functions of (length, ranks), so ranks never send each other a shape
 
 
 def group_size(group):
@@ -68,7 +69,7 @@ def all_to_all(x, group, scatter_dim, gather_dim, scatter_sizes, gather_sizes):
 
     x has all of scatter_dim and this rank's part of gather_dim; the result has its part of scatter_dim and all of
     gather_dim. Tensors that travel together are stacked along another dim: q, k, v [B, L/P, 3, H, D].
-    scatter_sizes, gather_sizes: the length of each rank's part, equal on all ranks; zeros are allowed.
+    scatter_sizes, gather_sizes: one length per rank, the same lists on all ranks; a length may be 0.
     ValueError if x does not fit them. On one rank it returns x.
     Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3.
     """
@@ -97,14 +98,14 @@ class _AllToAll(torch.autograd.Function):
         in_order = math.prod(x.shape[:scatter_dim]) == 1
         outbox = x.flatten().contiguous() if in_order else torch.cat([piece.flatten() for piece in leaving])
 
-        # arriving[j] is what rank j has for us: as large as our own piece, but for gather_dim
+        # arriving[j] is what rank j has for us: as large as our own piece, except along gather_dim
         mine = leaving[group_rank(group)]
         before, after = mine.shape[:gather_dim], mine.shape[gather_dim + 1 :]
         counts_in = [math.prod((*before, size, *after)) for size in gather_sizes]
         inbox = x.new_empty(sum(counts_in))
         dist.all_to_all_single(inbox, outbox, counts_in, counts_out, group=group)
 
-        if math.prod(before) == 1:  # tokens first in memory: the inbox is the sequence
+        if math.prod(before) == 1:  # nothing lies before the gathered dim: the inbox is the result
             return inbox.view(*before, sum(gather_sizes), *after)
         arriving = zip(inbox.split(counts_in), gather_sizes)
         return torch.cat([slot.view(*before, size, *after) for slot, size in arriving], gather_dim)
@@ -126,8 +127,8 @@ def split_sequence(x, group, dim=1):
 def gather_sequence(x, group, length, dim=1):
     """Return the parts of all ranks, joined, on every rank: [.., L/P, ..] -> [.., L, ..] with L = length.
 
-    The transpose of an all-gather is a reduce-scatter with a plain sum. Both are one all_to_all of P copies, which
-    autograd sums, as it does for every `expand`.
+    The transpose of an all-gather is a reduce-scatter with a plain sum. Here every rank gets a copy of our part by
+    all_to_all, backward brings the copies' gradients back, and autograd sums them, as it does for every `expand`.
     """
     dim, ranks = dim % x.dim(), group_size(group)
     copies = x.expand(ranks, *x.shape)
@@ -136,7 +137,7 @@ def gather_sequence(x, group, length, dim=1):
     return joined.squeeze(0)
 
 
-@torch.compiler.disable  # what surrounds attention may be compiled on both sides of it
+@torch.compiler.disable  # what stands before and after it may be compiled
 def ulysses(attention, q, k, v, group, length, keys=None, mask=None):
     """Attend over the tokens of all ranks, some heads on each: q [B, L/P, H, D] -> [B, L/P, H, D].
 
@@ -159,18 +160,19 @@ def ulysses(attention, q, k, v, group, length, keys=None, mask=None):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# who am I on the (dp, sp) mesh, and one training step under the gradient rule
+# my place on the (dp, sp) mesh, and one training step under the gradient rule
 
 
 class ParallelManager:
     """The (dp, sp) DeviceMesh of this job, FSDP2 over all of its ranks, and a step under the gradient rule.
 
-    sp is the inner axis, so the ranks that share a sample are neighbouring GPUs. A size of None follows from the other.
+    sp is the inner axis, so the ranks that share a sample are neighbouring GPUs. A size of None is
+    computed from the other.
     device_type: by default "cuda" (NCCL) if there is a GPU, else "cpu" (gloo). mesh: your own DeviceMesh instead, with
     dims named dp and sp. Without torchrun this process is a world of one.
 
     rank, world_size, world_group: all ranks; is_main is true on rank 0
-    dp_rank, dp_size, dp_group:    ranks with the same place in a sample, and other samples
+    dp_rank, dp_size, dp_group:    ranks with the same part of other samples
     sp_rank, sp_size, sp_group:    ranks that share a sample, each with its part of the tokens
     mesh, device:                  the DeviceMesh, and the device of this rank
     """
@@ -188,14 +190,14 @@ class ParallelManager:
         self.is_main = self.rank == 0
         self.dp_group, self.sp_group = mesh.get_group("dp"), mesh.get_group("sp")
         self.dp_size, self.sp_size = mesh["dp"].size(), mesh["sp"].size()
-        # a group sorts its ranks: in a mesh of permuted ranks the place in dp_group is not the mesh's row
         self.dp_rank = mesh.get_coordinate()[names.index("dp")]
+        # not the coordinate: a group sorts its ranks, and each holds the part of its place in that order
         self.sp_rank = group_rank(self.sp_group)
 
     def shard(self, model, blocks, param_dtype=None, shard_size=None, reshard_after_forward=True, offload_policy=None):
         """Shard the model in place with FSDP2, block by block, over all ranks, dp and sp together.
 
-        param_dtype: the dtype to compute in; weights, gradients and their reduction stay as they are (float32).
+        param_dtype: the dtype to compute in; weights, gradients and their sums keep their dtype (float32).
         shard_size: HSDP, which shards inside groups of this many neighbouring ranks and replicates across the groups.
         A model on the meta device gets memory for its shards only, uninitialised.
         """
@@ -227,14 +229,14 @@ class ParallelManager:
                 offload_policy=offload_policy or OffloadPolicy(),
             )
             module.set_gradient_divide_factor(1.0)  # the gradient rule: a plain sum
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+            module.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it sums
         if any(p.is_meta for p in model.parameters()):
             model.to_empty(device="cpu" if offload_policy else self.device)
 
     def backward(self, model, loss, last=True):
         """Accumulate the gradients of a sharded model; the ranks sum them on the `last` micro-batch of a step.
 
-        Until then every rank holds unsharded gradients in the dtype of the reduction: four bytes a parameter.
+        Until then every rank holds all gradients, unsharded and in float32: 52 GB for the 13B.
         """
         model.set_requires_gradient_sync(last)
         loss.backward()
@@ -261,7 +263,7 @@ class ParallelManager:
     def check_equal(self, facts, group):
         """Raise ValueError on all ranks of `group` if they disagree about a fact. facts: {name: value}.
 
-        It catches the classic silent bugs: ranks with different flags, or sp ranks that work on different samples.
+        It catches the classic silent bugs: ranks with other flags or, given a batch's `samples`, sp ranks with other samples.
         """
         if group is None:
             return
@@ -275,7 +277,7 @@ class ParallelManager:
                 raise ValueError(f"ranks {ranks[0]} and {rank} differ in {', '.join(wrong)}: {values}")
 
     def close(self):
-        """End the process with status 0, at once: Python's own exit crashes in gloo's threads every other run."""
+        """End the process with status 0, at once: in Python's own exit gloo's threads crash every other time."""
         dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -315,7 +317,7 @@ def lesson(tokens=7, heads=5):
     cells = 10.0 * torch.arange(tokens)[:, None] + torch.arange(heads)  # [L, H]
     x = split_sequence(cells, group, 0).clone().requires_grad_()  # [L/P, H]
     out = all_to_all(x, group, 1, 0, head_sizes, token_sizes)  # [L, H/P]
-    y = 100.0 * rank + torch.arange(out.numel()).view(out.shape)
+    y = 100.0 * rank + torch.arange(out.numel()).view(out.shape)  # stands for the gradient of out
     (out * y).sum().backward()
     back = all_to_all(y, group, 0, 1, token_sizes, head_sizes)
     there = manager.sum((out * y).sum().detach(), group)

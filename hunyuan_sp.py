@@ -102,6 +102,7 @@ TINY = HunyuanConfig(
     mlp_ratio=2.0,
     in_channels=3,
     out_channels=3,
+    patch_size=(1, 4, 4),  # of pixels
     text_dim=32,
     pooled_dim=32,
     guidance_embed=False,
@@ -132,7 +133,7 @@ def shift_sigma(u, shift):
 
 
 def latent_shape(config, height, width, frames):
-    """Return [C, T, h, w] of a video's latents: the VAE makes one of 8 x 8 pixels, and of 4 frames after the first."""
+    """Return [C, T, h, w] of a video's latents: one for 8 x 8 pixels, one for the first frame and for every 4 after it."""
     if height % 16 or width % 16 or frames % 4 != 1 or min(height, width, frames) < 1:
         rule = f"height {height} and width {width} must be multiples of 16, frames {frames} must be 4k+1"
         near = f"{max(16, height // 16 * 16)} x {max(16, width // 16 * 16)} x {max(1, (frames - 1) // 4 * 4 + 1)}"
@@ -144,7 +145,7 @@ def rope_table(config, grid, start, stop, text_tokens=0, device=None):
     """Return cos, sin [stop - start + text_tokens, D], float32: video tokens start..stop of the raster, then text.
 
     The raster is (t, h, w), w fastest; each axis turns its share of a head's dims. Channels 2i and 2i+1 turn together,
-    sin is negative at 2i. Text does not turn.
+    sin is negative at 2i. Text has angle 0.
     """
     index = torch.arange(start, stop, device=device)
     t, h, w = index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2]
@@ -209,15 +210,15 @@ def sdpa(q, k, v):
     with sdpa_kernel(backends(q.device), set_priority=True):
         out = F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
     if out.requires_grad:
-        # torch caches cuDNN's plan of backward by the strides of q, k and v. The gradient's strides are in the plan but
-        # not in the key: if they varied, a cached plan would read out of bounds
+        # for equal strides of q, k and v torch takes the same cuDNN plan of backward again, though the plan depends on
+        # the gradient's strides too: if those varied, it would read out of bounds
         out.register_hook(torch.Tensor.contiguous)
     return out
 
 
 def backends(device):
     """Return SDPA's kernels, fastest first. On an H200 at 32k tokens: cuDNN 655 TFLOP/s, flash 350, efficient 180."""
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]  # the order of GPUs before Hopper
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]  # the faster ones first, before Hopper
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         order.reverse()
     return [*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -268,7 +269,7 @@ def attend_to_valid(attention, runs, q, k, v):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what happens to each token alone: bf16 in and out, float32 inside where the model is defined so
+# what happens to each token alone: bf16 in and out, float32 inside where the release has it
 
 
 def layer_norm(x):
@@ -554,7 +555,7 @@ class HunyuanVideo(nn.Module):
         dtype = self.img_in.proj.weight.dtype
         latents, pooled = latents.to(dtype), pooled.to(dtype)
         text = text[:, : max(lengths)].to(dtype)
-        if min(lengths) < max(lengths):  # in backward zero times padding may be NaN
+        if min(lengths) < max(lengths):  # padding may hold NaN, and in backward 0 times NaN is NaN
             valid = valid_tokens(lengths, max(lengths)).to(text.device)
             text = torch.where(valid[..., None], text, 0)
 
@@ -587,7 +588,7 @@ class HunyuanVideo(nn.Module):
         out = self.final_layer(x[:, : img.shape[1]], vec)
 
         if not gather:
-            return out.clone()  # FSDP2 wants no view from its modules
+            return out.clone()  # FSDP2 needs an output that is no view
         # 64 numbers a token are cheaper to gather than 3072
         return unpatchify(gather_sequence(out, group, video), grid, self.config.patch_size)
 
@@ -610,14 +611,13 @@ class HunyuanVideo(nn.Module):
         return [*self.double_blocks, *self.single_blocks]
 
     def compile_blocks(self):
-        """Compile both sides of each block's attention. Graphs know no rank, and blocks of a kind share them.
+        """Compile both sides of each block's attention. All ranks compile the same graphs, and blocks of a kind share them.
 
         The second size compiles one graph for all sizes above 1; after eight graphs, further sizes run uncompiled. The
         embedders, the refiner and the final layer stay as they are: they are too small to matter.
         """
-        # without the first, gradients of modulation's chunks are never written (pytorch issue 193061); without the
-        # second, recomputation may choose another graph than forward
-        options = {"triton.mix_order_reduction": False, "shape_padding": False}
+        options = {"triton.mix_order_reduction": False}  # else modulation's gradients are lost (pytorch issue 193061)
+        options["shape_padding"] = False  # else recomputation may choose another graph than forward
         for block in self.blocks:
             block.compile(options=options)
 
@@ -653,7 +653,7 @@ CHECKPOINTING = dict(none=None, full=noop_context_fn, attention=partial(create_s
 
 
 def run_block(checkpointing, name, block, *args):
-    """Run a block under its name in profiles, which backward's recomputation has too."""
+    """Run a block under its name in profiles, also where backward recomputes it."""
 
     def named(*args):
         with record_function(name):
@@ -684,7 +684,7 @@ def load_release(model, path):
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         for name, tensor in stored_tensors(file):
             param = params.pop(name, None)
-            # an fp8 tensor is to be multiplied by a scale that is kept elsewhere
+            # fp8 weights need a scale that is stored elsewhere: refused
             if param is None or param.shape != tensor.shape or tensor.itemsize == 1:
                 raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} in {file} does not fit the model")
             assign(param, tensor.to(param.dtype))
@@ -717,7 +717,7 @@ def init_weights(model, seed=0, only="", device=None):
 def initial_values(name, shapes, generator):
     """Return the first values of a parameter. shapes: those of all parameters, by name.
 
-    Modulations and the last layer start at zero, so that every block starts as the identity; so does B of a LoRA.
+    Modulations and the last layer start at zero, so that every block starts as the identity. So does a LoRA's B.
     """
     module, _, kind = name.rpartition(".")
     full = torch.empty(shapes[name], device=generator.device)
@@ -764,7 +764,7 @@ def lesson(token=30):
     watch(single.linear1, "single-stream block, video and text joined: q k v and MLP")
     watch(single, "  the block's output")
     watch(model.final_layer, "final layer, video alone")
-    inputs = torch.randn(1, 3, 3, 6, 10), torch.tensor([500.0]), torch.randn(1, 7, 32), [7], torch.randn(1, 32)
+    inputs = torch.randn(1, 3, 3, 12, 20), torch.tensor([500.0]), torch.randn(1, 7, 32), [7], torch.randn(1, 32)
     see("gathered, for sampling only", model(*inputs, group=group))
 
     everyone = [None] * manager.world_size

@@ -3,7 +3,7 @@
     $ torchrun --nproc_per_node=2 infer_min.py --prompt "a blue circle moves up"    # the toy that train_min.py trained
     $ torchrun --nproc_per_node=2 infer_min.py --score 20                           # how many of 20 prompts are right
     $ SIZE="--height 720 --width 1280 --frames 129 --shift 7"
-    $ torchrun --nproc_per_node=8 infer_min.py --weights FILE --embeds FILE --steps 50 $SIZE    # the release: latents
+    $ torchrun --nproc_per_node=8 infer_min.py --weights FILE --embeds FILE --steps 50 $SIZE    # the release: writes latents
     $ torchrun --nproc_per_node=4 infer_min.py --config 13b --steps 4 $SIZE                     # random: a benchmark
 
 The same seed gives the same clip on any number of ranks. Released snapshots, image-to-video, LoRA files, .mp4:
@@ -33,9 +33,9 @@ from train_min import Shapes, newest_checkpoint, parse, tensors_of
 
 def add_flags(parser):
     flag = parser.add_argument
-    flag("--prompt", action="append", help="of the toy; may be given several times")
+    flag("--prompt", action="append", help="a caption for the toy; may be given several times")
     flag("--embeds", action="append", help=".safetensors with text and pooled, instead of a prompt")
-    flag("--score", type=int, help="sample this many prompts, and measure colour and direction in the pixels")
+    flag("--score", type=int, help="sample this many prompts, and measure colour, shape and direction in the pixels")
     flag("--checkpoint", default="out", help="folder that train_min.py saved to; the newest step is used")
     flag("--weights", help="released weights in the original naming: a file, or a folder of .safetensors")
     flag("--config", help="model preset: tiny, or 13b (without --weights random weights, for benchmarks)")
@@ -57,7 +57,7 @@ def add_flags(parser):
 
 @torch.no_grad()
 def sample(model, latents, text, pooled, steps, shift, guidance=None, group=None, negative=None, cfg=1.0, image=None):
-    """Turn noise [B, C, T, h, w] into a clip. The state stays in the latents' dtype, whatever the model computes in.
+    """Turn noise [B, C, T, h, w] into a clip. Latents keep their dtype from step to step, whatever the model computes in.
 
     text: B tensors [L_b, text_dim]; pooled [B, pooled_dim]; guidance: the scale, for models that embed it.
     negative: (text, pooled) of the same form, used if cfg > 1: velocity = negative + cfg * (positive - negative), both
@@ -72,7 +72,7 @@ def sample(model, latents, text, pooled, steps, shift, guidance=None, group=None
     padded = torch.nn.utils.rnn.pad_sequence(text, batch_first=True)
     scale = guidance_input(guidance, len(text), latents.device) if model.config.guidance_embed else None
     if kind:
-        noise = torch.tensor(0.999).to(latents)  # in float32 the image's share is 0.00100005
+        noise = torch.tensor(0.999).to(latents)  # rounded to float32 as in the release: the image's share is 0.00100005
         latents = noise * latents + (1 - noise) * image
 
     sigmas = sigma_schedule(steps, shift).tolist()
@@ -117,13 +117,11 @@ def infer(args):
         if pm.is_main:
             print(f"{prompt}: {args.steps} steps in {time.perf_counter() - began:.2f} s", flush=True)
             if args.score:
-                colour, direction = Shapes.measure(clip)
-                scores.append((colour in prompt, prompt.endswith(direction)))
+                scores.append([word in prompt.split() for word in Shapes.measure(clip)])
             else:
                 show(clip, f"{args.output}-{n}" if n else args.output, toy)
     if scores:
-        colours, directions = map(sum, zip(*scores))
-        print(f"of {len(scores)} prompts, the colour is right in {colours} and the direction in {directions}")
+        print("of {} prompts right: colour {}, shape {}, direction {}".format(len(scores), *map(sum, zip(*scores))))
     return pm
 
 

@@ -1,7 +1,8 @@
 """Which sample goes where: a batch sampler for data × sequence parallelism. torch only; copy it anywhere.
 
     sampler = DPSPBatchSampler(len(data), global_batch_size=16, dp_rank=dp_rank, dp_size=dp_size)
-    for batch in DataLoader(data, batch_sampler=sampler, num_workers=4): ...; sampler.advance()
+    for micro_batch in DataLoader(data, batch_sampler=sampler, num_workers=4): ...
+    sampler.advance()    # after each optimizer step
 
 It takes plain integers and never asks torch.distributed. All sp ranks of a group build it with the same dp_rank and get
 the same batches, so changing sp changes nothing. An epoch is one sequence of global batches, a pure function of (seed,
@@ -48,14 +49,14 @@ class DPSPBatchSampler(Sampler):
     accumulation: micro-batches of a step. seed: the order depends on it and on the epoch.
     tail: what to do with samples that don't fill a global batch. "pad" adds duplicates of weight 0, fewer than dp_size,
     so that every sample counts exactly once; global_batch_size need not be a multiple of dp_size * accumulation. "drop"
-    leaves the samples out of this epoch; the next order leaves out others.
+    leaves the samples out of this epoch; the next epoch leaves out others.
     shapes: one hashable per sample, e.g. the shape of its latents. All samples of a global batch then have one shape:
     they can be stacked, and at every step all dp ranks have the same cost. Each shape has its own tail.
     names: one string per sample, e.g. its file. `load_state_dict` refuses a state saved with other shapes or names.
     ValueError for an empty dataset, sizes that don't divide, and a dataset that never fills a batch with tail="drop".
 
     A step of few samples has fewer micro-batches than `accumulation`: take `micro_batches`, then call `advance()`.
-    Workers read ahead, so the position is what was trained on, not what was read. Iterating starts at the position.
+    Workers read ahead: what was read but not trained on is read again after a resume.
     """
 
     def __init__(
@@ -209,11 +210,11 @@ class BatchSamplerShard(Sampler):
         self.epoch += 1
 
 
-def lesson(samples=14, batch=4):
-    """Print one epoch with a tail, stopped after two steps and resumed on another layout. In brackets: weight 0."""
+def lesson(samples=13, batch=4):
+    """Print one epoch with a tail, stopped after two steps and resumed on another layout. In brackets: a filler."""
 
     def ranks_of(dp, sp, state=None):
-        print(f"dp {dp} x sp {sp}: {samples} samples, a global batch of {batch}; the sp ranks of a group get the same")
+        print(f"dp {dp} x sp {sp}: {samples} samples, a global batch of {batch}; the ranks of a group get the same")
         samplers = [DPSPBatchSampler(samples, batch, rank, dp) for rank in range(dp)]
         for sampler in samplers if state else []:
             sampler.load_state_dict(state)
@@ -226,11 +227,11 @@ def lesson(samples=14, batch=4):
             print(f"  step {number}, dp group {dp_rank} (ranks {ranks}): samples {share}")
         return all([sampler.advance() for sampler in samplers])
 
-    start = ranks_of(2, 2)
+    start = ranks_of(1, 4)
     step(1, *start), step(2, *start)
     state = start[0][0].state_dict()
     print(f"stopped. The state: {state}")
-    resumed = ranks_of(1, 4, state)
+    resumed = ranks_of(2, 2, state)
     assert [step(3, *resumed), step(4, *resumed)] == [False, True]
     print("the epoch is over, each sample was seen once; the next has another order")
     step(5, *resumed)

@@ -1,7 +1,7 @@
-"""Train HunyuanVideo's DiT under data × sequence parallelism: the whole loop on two pages.
+"""Train HunyuanVideo's DiT under data × sequence parallelism: the whole training loop.
 
     $ torchrun --nproc_per_node=2 train_min.py                  # a tiny model learns moving shapes, minutes on a CPU
-    $ torchrun --nproc_per_node=6 train_min.py --sp 3 --steps 1200 --resume    # longer, as 2 data-parallel groups of 3
+    $ torchrun --nproc_per_node=6 train_min.py --sp 3 --steps 4000 --resume    # longer, as 2 data-parallel groups of 3
     $ torchrun --nproc_per_node=4 train_min.py --config 13b --sp 4 --height 720 --width 1280 --frames 49 --batch 1 --steps 5
     $ torchrun --nproc_per_node=8 train_min.py --config 13b --sp 4 --data LATENTS --batch 2 --save_every 100 --out DIR
 
@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -57,10 +58,10 @@ def add_flags(parser):
     flag("--sp", "--sequence_parallel_size", type=int, default=1, help="ranks that share a sample")
     flag("--dp", "--data_parallel_size", type=int, help="data-parallel groups (default: world size / sp)")
     flag("--shard_size", type=int, help="HSDP: shard weights over this many ranks, replicate beyond (default: all)")
-    flag("--steps", type=int, default=900, help="optimizer steps in all, those before a resume included")
+    flag("--steps", type=int, default=3000, help="optimizer steps in all, those before a resume included")
     flag("--batch", type=int, default=16, help="global batch: samples a step, over all ranks and micro-batches")
     flag("--accumulation", type=int, default=1, help="micro-batches a step")
-    flag("--lr", type=float, default=2e-3, help="peak, then a cosine to a tenth (fine-tuning the 13B: 1e-5)")
+    flag("--lr", type=float, default=4e-3, help="peak, then a cosine to a tenth (fine-tuning the 13B: 1e-5)")
     flag("--warmup", type=int, default=50, help="steps of linear warm-up")
     flag("--clip", type=float, default=1.0, help="largest global gradient norm")
     flag("--shift", type=float, default=4.0, help="flow shift of the noise levels (the 13B: 7)")
@@ -146,7 +147,7 @@ def build_model(config, pm, args):
 
 
 def learning_rate(step, args):
-    """Return the rate of step 1, 2, ..: linear warm-up, then a cosine to a tenth at the last step."""
+    """Return the rate of step 1, 2, ..: linear warm-up, then a cosine to a tenth at --steps; more steps stretch it."""
     warm = min(1.0, step / max(1, args.warmup))
     done = max(0, step - 1 - args.warmup) / max(1, args.steps - args.warmup)
     return args.lr * warm * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
@@ -252,7 +253,10 @@ def count_tokens(batch, config):
 
 
 def collate(items, seed, shift, caption_drop, sigma=None):
-    """Make a batch, with noise that is a function of (seed, epoch, sample): every sp rank draws the same. sigma: for all."""
+    """Make a batch of items as the data below gives them. sigma: one noise level for all samples, else each draws its own.
+
+    Noise is a function of (seed, epoch, sample), so every sp rank draws the same.
+    """
     rows = []
     for index, clip, text, pooled, *more in items:
         generator = seeded("flow", seed, index.epoch, int(index))
@@ -298,7 +302,7 @@ def build_data(config, args):
 
 
 class LatentFolder:
-    """Read one .safetensors a sample: latents, already times the VAE's 0.476986; text, valid tokens only; pooled."""
+    """Read one .safetensors a sample: latents, already multiplied by the VAE's 0.476986; text, valid tokens only; pooled."""
 
     def __init__(self, folder):
         self.files = sorted(set(Path(folder).glob("*.safetensors")) - {Path(folder, "empty_prompt.safetensors")})
@@ -333,12 +337,13 @@ class RandomLatents:
 class Shapes:
     """Draw clips of coloured shapes that move, with captions of five or six words: a tiny model learns them in minutes.
 
-    `draw` makes the clip of a caption; `measure` reads a clip's colour and direction back from its pixels.
+    `draw` makes the clip of a caption; `measure` reads colour, shape and direction back from a clip's pixels.
     """
 
-    CLIP_SHAPE = (3, 4, 12, 12)
+    CLIP_SHAPE = (3, 4, 16, 16)
     COLOURS = dict(red=(1, 0, 0), green=(0, 1, 0), blue=(0, 0, 1), yellow=(1, 1, 0), purple=(1, 0, 1), cyan=(0, 1, 1))
     SHAPES = ("square", "circle", "cross")
+    RADIUS, SMALL = 4, 2  # pixels from the centre to the edge
     DIRECTIONS = dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0))
     shapes = names = None
 
@@ -371,39 +376,53 @@ class Shapes:
 
     @classmethod
     def draw(cls, caption, generator):
-        """Return the clip that a caption describes, [3, 4, 12, 12] in -1..1, from a random place: 2 pixels a frame."""
+        """Return the clip that a caption describes, [3, 4, 16, 16] in -1..1, from a random place: 2 pixels a frame."""
         _, frames, size, _ = cls.CLIP_SHAPE
         words = caption.split()
-        colour = next(cls.COLOURS[word] for word in words if word in cls.COLOURS)
-        direction = next(cls.DIRECTIONS[word] for word in words if word in cls.DIRECTIONS)
-        radius, way = (1 if "small" in words else 2), 2 * (frames - 1)
+        colour, shape, direction = (
+            next(w for w in words if w in known) for known in (cls.COLOURS, cls.SHAPES, cls.DIRECTIONS)
+        )
+        colour, direction = torch.tensor(cls.COLOURS[colour]), cls.DIRECTIONS[direction]
+        radius, way = (cls.SMALL if "small" in words else cls.RADIUS), 2 * (frames - 1)
         # the shape stays inside to the last frame
         spans = [(radius + way * (d < 0), size - radius - way * (d > 0)) for d in direction]
         start = [torch.randint(*span, (), generator=generator) for span in spans]
-        clip, axis = torch.full(cls.CLIP_SHAPE, -1.0), torch.arange(size)
+        clip = torch.full(cls.CLIP_SHAPE, -1.0)
         for t in range(frames):
             centre = [s + 2 * t * d for s, d in zip(start, direction)]
-            y = (axis - centre[0]).abs()[:, None]
-            x = (axis - centre[1]).abs()
-            inside = torch.maximum(y, x) <= radius
-            if "circle" in words:
-                inside = y**2 + x**2 <= radius**2 + 1
-            if "cross" in words:
-                inside &= torch.minimum(y, x) <= radius // 3
-            clip[:, t, inside] = torch.tensor(colour)[:, None] * 2.0 - 1
+            clip[:, t, cls.stencil(shape, radius, *centre)] = colour[:, None] * 2.0 - 1
         return clip
 
     @classmethod
+    def stencil(cls, shape, radius, y, x):
+        """Return a mask [16, 16] of the pixels of a shape around (y, x)."""
+        axis = torch.arange(cls.CLIP_SHAPE[-1])
+        dy, dx = (axis - y).abs()[:, None], (axis - x).abs()
+        if shape == "circle":
+            return dy**2 + dx**2 <= radius * (radius + 1)
+        inside = torch.maximum(dy, dx) <= radius
+        return inside & (torch.minimum(dy, dx) <= radius // 4) if shape == "cross" else inside
+
+    @classmethod
     def measure(cls, clip):
-        """Return (colour, direction) of what moves in the pixels: the nearest colour, and where its centre goes."""
+        """Return the words for what moves in the pixels: the nearest colour and shape, and where its centre goes."""
         light = (clip.float().clamp(-1, 1) + 1) / 2
         solid = light.amax(0) > 0.5  # [T, h, w]
         colours = torch.tensor([*cls.COLOURS.values()])
-        nearest = (colours - light[:, solid].mean(1)).square().sum(1).argmin()
+        colour = (colours - light[:, solid].mean(1)).square().sum(1).argmin()
+
+        overlap = {}  # of each shape, at the best place in each frame: pixels in both, of those in either
+        places = [(y, x) for y in range(solid.shape[1]) for x in range(solid.shape[2])]
+        for shape, radius in product(cls.SHAPES, (cls.RADIUS, cls.SMALL)):
+            masks = torch.stack([cls.stencil(shape, radius, *place) for place in places])
+            both, either = ((solid[:, None] & masks), (solid[:, None] | masks))
+            overlap[shape, radius] = (both.sum((2, 3)) / either.sum((2, 3))).amax(1).mean()
+        shape, _ = max(overlap, key=overlap.get)
+
         centres = [frame.nonzero().float().mean(0) for frame in solid]
         directions = torch.tensor([*cls.DIRECTIONS.values()]).float()
-        best = (directions @ (centres[-1] - centres[0])).argmax()
-        return [*cls.COLOURS][nearest], [*cls.DIRECTIONS][best]
+        direction = (directions @ (centres[-1] - centres[0])).argmax()
+        return [*cls.COLOURS][colour], shape, [*cls.DIRECTIONS][direction]
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def parse_train(doc, argv=None, more=None):
     parser, own = parser_of(doc, **groups)
     flag = own.add_argument
     flag("--batch", type=int, help="global batch: samples a step over all ranks (default 16; 13b: dp x accumulation)")
-    flag("--lr", type=float, help="peak, then a cosine to a tenth (default 2e-3; 13b, --model: 1e-5; --lora: 1e-4)")
+    flag("--lr", type=float, help="peak, then a cosine to a tenth (default 4e-3; 13b, --model: 1e-5; --lora: 1e-4)")
     flag("--shift", type=float, help="flow shift of the noise levels (default 4; 13b: 7; --model: its scheduler's)")
     flag(
         "--checkpointing",
@@ -241,7 +241,7 @@ def parse_train(doc, argv=None, more=None):
     args.offload = args.offload or []
     args.config = args.config or (None if args.model else "tiny")
     big = args.config != "tiny"
-    args.lr = (1e-4 if args.lora else 1e-5 if big else 2e-3) if args.lr is None else args.lr
+    args.lr = (1e-4 if args.lora else 1e-5 if big else 4e-3) if args.lr is None else args.lr
     if args.shift is None and not args.model:
         args.shift = 7.0 if big else 4.0
     args.checkpointing = args.checkpointing or ("attention" if big else "none")

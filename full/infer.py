@@ -124,7 +124,7 @@ def infer(args):
         check_finite(pixels, clip.prompt)
         writes = pm.sp_rank == 0 and not (job.surplus and turn == len(job.mine) - 1)
         if args.score and writes:
-            scores.append((clip.prompt, Shapes.measure(latents.cpu())))
+            scores.append([word in clip.prompt.split() for word in Shapes.measure(latents.cpu())])
         with stages("write"):
             write = partial(clip.write, latents.cpu(), pixels, job.toy)
             faults.together(write if writes and not args.score else lambda: None)
@@ -261,9 +261,7 @@ def report(pm, args, scores, clock, stages, toy):
     if not pm.is_main:
         return
     if args.score:
-        colours = sum(colour in prompt for prompt, (colour, _) in everyone)
-        directions = sum(prompt.endswith(direction) for prompt, (_, direction) in everyone)
-        say(f"of {len(everyone)} prompts, the colour is right in {colours} and the direction in {directions}")
+        say("of {} prompts right: colour {}, shape {}, direction {}".format(len(everyone), *map(sum, zip(*everyone))))
     elif not toy:
         say(json.dumps(clock.report() | stages.report()))
 

@@ -73,7 +73,9 @@ def test_the_lesson_alone(tmp_path):
     run("train_min.py", "--steps", 3, "--device", "cpu", ranks=2)
     assert "from step 3 of 5" in run("train_min.py", "--steps", 5, "--device", "cpu", "--resume")
     assert [entry["step"] for entry in losses(here / "out")] == [1, 2, 3, 4, 5]
-    assert re.search(r"of 2 prompts, the colour is right in \d", run("infer_min.py", "--score", 2, "--device", "cpu"))
+    assert re.search(
+        r"of 2 prompts right: colour \d, shape \d, direction \d", run("infer_min.py", "--score", 2, "--device", "cpu")
+    )
     with mock.patch.dict(os.environ, LAYOUTS="1x2"):
         quick = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "test_sp.py"]
         assert re.search(r"\n\d\d+ tests collected", run(*quick, "--collect-only"))

@@ -285,7 +285,7 @@ def test_a_resumed_run_says_what_is_other_than_before(tmp_path):
     ((code, printed),) = fork("full.train", *flags, *more, out=tmp_path)
     assert (
         code == 0
-        and "other than before: --batch 2 (was 3), --lr 0.5 (was 0.002), --steps 3 (was 2): the learning" in printed
+        and "other than before: --batch 2 (was 3), --lr 0.5 (was 0.004), --steps 3 (was 2): the learning" in printed
     ), printed
     old = (tmp_path / "run/log.jsonl").read_text()
     ((code, printed),) = fork("full.train", *flags, "--steps", 1, "--batch", 2, "--overwrite", out=tmp_path)
