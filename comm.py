@@ -92,7 +92,7 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx, x, group, scatter_dim, gather_dim, scatter_sizes, gather_sizes):
         ctx.transpose = group, gather_dim, scatter_dim, gather_sizes, scatter_sizes
 
-        # leaving[j] is for rank j; in the outbox the pieces lie one after another
+        # leaving[j] is for rank j; in the outbox the pieces lie one after another, as they may do in x already
         leaving = x.split(scatter_sizes, scatter_dim)
         counts_out = [piece.numel() for piece in leaving]
         in_order = math.prod(x.shape[:scatter_dim]) == 1

@@ -1,6 +1,6 @@
 """HunyuanVideo's DiT, every token on exactly one rank.
 
-One forward, top to bottom (B batch, S video and L text tokens, H heads × D dims = C hidden, P sequence-parallel ranks):
+One forward, top to bottom (B batch, S video, L text, N any tokens, H heads × D dims = C hidden, P sequence-parallel ranks):
 
     latents [B, 16, T, h, w] ── patches, split over the ranks ──> img [B, S/P, C] ─┐
     text    [B, L, 4096] ────── token refiner, then split ──────> txt [B, L/P, C] ─┼─ 20 dual-stream blocks
@@ -133,7 +133,7 @@ def shift_sigma(u, shift):
 
 
 def latent_shape(config, height, width, frames):
-    """Return [C, T, h, w] of a video's latents: one for 8 x 8 pixels, one for the first frame and for every 4 after it."""
+    """Return [c, T, h, w] of a video's latents: one for 8 x 8 pixels, one for the first frame and for every 4 after it."""
     if height % 16 or width % 16 or frames % 4 != 1 or min(height, width, frames) < 1:
         rule = f"height {height} and width {width} must be multiples of 16, frames {frames} must be 4k+1"
         near = f"{max(16, height // 16 * 16)} x {max(16, width // 16 * 16)} x {max(1, (frames - 1) // 4 * 4 + 1)}"
@@ -160,7 +160,7 @@ def rope_table(config, grid, start, stop, text_tokens=0, device=None):
 
 
 def with_image(latents, image, kind):
-    """Return the latents [B, C, T, h, w] that an image-to-video model takes, given the image's own [B, C, 1, h, w].
+    """Return the latents [B, c, T, h, w] that an image-to-video model takes, given the image's own [B, c, 1, h, w].
 
     token_replace: frame 0 is the image. latent_concat: [B, 2C + 1, T, h, w], the added channels are the image's latents
     in frame 0, zeros in the others, and a mask that is 1 in frame 0. None, for text-to-video: the latents as they are.
@@ -176,19 +176,19 @@ def with_image(latents, image, kind):
 
 
 def patchify(x, patch_size):
-    """Cut [B, C, T, h, w] -> [B, S, C*pt*ph*pw], tokens in (t, h, w) raster order."""
+    """Cut [B, c, T, h, w] -> [B, S, c*pt*ph*pw], tokens in (t, h, w) raster order."""
     pt, ph, pw = patch_size
     return rearrange(x, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
 
 
 def unpatchify(x, grid, patch_size):
-    """Join [B, S, C*pt*ph*pw] -> [B, C, T, h, w], the inverse of patchify; grid counts patches."""
+    """Join [B, S, c*pt*ph*pw] -> [B, c, T, h, w], the inverse of patchify; grid counts patches."""
     sizes = dict(zip(("t", "h", "w", "pt", "ph", "pw"), (*grid, *patch_size)))
     return rearrange(x, "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)", **sizes)
 
 
 def text_lengths(mask):
-    """Return the B lengths of a text mask [B, L], true for valid tokens, padding on the right; waits for the GPU."""
+    """Return the B lengths of a text mask [B, L], true for valid tokens, padding on the right. It waits for the GPU."""
     lengths = mask.sum(1).tolist()
     if not torch.equal(mask.bool().cpu(), valid_tokens(lengths, mask.shape[1])):
         raise ValueError("a text mask must be true for the first tokens of each row and false for the rest")
@@ -205,7 +205,7 @@ def valid_tokens(lengths, size):
 
 
 def sdpa(q, k, v):
-    """Attend: q, k, v [B, L, H, D] -> [B, L, H, D]. Never with a mask: it costs 1.5x, and lengths are known instead."""
+    """Attend: q, k, v [B, N, H, D] -> [B, N, H, D]. It takes no mask: that costs 1.5x, and lengths are known."""
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     with sdpa_kernel(backends(q.device), set_priority=True):
         out = F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
@@ -255,7 +255,7 @@ def runs_of(video, lengths, b, group):
 
 
 def attend_to_valid(attention, runs, q, k, v):
-    """Attend within each sample's valid tokens, one by one: q, k, v [B, L, H, D] -> [B, L, H, D], zeros for padding.
+    """Attend within each sample's valid tokens, one by one: q, k, v [B, N, H, D] -> [B, N, H, D], zeros for padding.
 
     runs[b]: lengths of the runs in sample b's sequence, valid and padding in turn.
     """
@@ -264,7 +264,7 @@ def attend_to_valid(attention, runs, q, k, v):
         mine = [torch.cat(x[b].split(sizes)[::2])[None] for x in (q, k, v)]
         valid = attention(*mine)[0].split(sizes[::2])
         padding = [q.new_zeros(size, *q.shape[2:]) for size in sizes[1::2]]
-        rows.append(torch.cat([run for pair in zip(valid, padding) for run in pair]))
+        rows.append(torch.cat([piece for pair in zip(valid, padding) for piece in pair]))
     return torch.stack(rows)
 
 
@@ -281,7 +281,7 @@ def gelu(x):
 
 
 def modulate(x, mod):
-    """Scale and shift x [B, L, C] by mod, a ModulationOut."""
+    """Scale and shift x [B, N, C] by mod, a ModulationOut."""
     return x * (1 + mod.scale) + mod.shift
 
 
@@ -291,7 +291,7 @@ def widen(x):
 
 
 def rotate(x, rope):
-    """Rotate x [B, L, H, D] by rope = cos, sin [L, D] of its tokens."""
+    """Rotate x [B, N, H, D] by rope = cos, sin [N, D] of its tokens."""
     cos, sin = rope[0][:, None], rope[1][:, None]
     wide = widen(x)
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -354,7 +354,7 @@ class TextEmbedder(nn.Module):
 
 
 class ModulationOut(NamedTuple):
-    """Modulate half of a block: modulate(x, mod) before it, mod.gate times its output; each is [B, 1 or L, C]."""
+    """Shift and scale for the input of attention or the MLP, a gate for its output; each is [B, 1 or N, C]."""
 
     shift: torch.Tensor
     scale: torch.Tensor
@@ -489,7 +489,7 @@ class SingleBlock(nn.Module):
 
 
 def split_qkv(qkv, heads):
-    """Split [B, L, 3*C] -> q, k, v [B, L, H, D]."""
+    """Split [B, N, 3*C] -> q, k, v [B, N, H, D]."""
     return qkv.unflatten(2, (3, heads, -1)).unbind(2)
 
 
@@ -521,7 +521,7 @@ class FinalLayer(nn.Module):
 
 
 class HunyuanVideo(nn.Module):
-    """The DiT. For another attention kernel set `model.attention = f`, with f(q, k, v) -> out, all [B, L, H, D]."""
+    """The DiT. For another attention kernel set `model.attention = f`, with f(q, k, v) -> out, all [B, N, H, D]."""
 
     def __init__(self, config):
         super().__init__()

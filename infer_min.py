@@ -57,11 +57,11 @@ def add_flags(parser):
 
 @torch.no_grad()
 def sample(model, latents, text, pooled, steps, shift, guidance=None, group=None, negative=None, cfg=1.0, image=None):
-    """Turn noise [B, C, T, h, w] into a clip. Latents keep their dtype from step to step, whatever the model computes in.
+    """Turn noise [B, c, T, h, w] into a clip. Latents keep their dtype from step to step, whatever the model computes in.
 
     text: B tensors [L_b, text_dim]; pooled [B, pooled_dim]; guidance: the scale, for models that embed it.
     negative: (text, pooled) of the same form, used if cfg > 1: velocity = negative + cfg * (positive - negative), both
-    in one ragged batch. image: latents [B, C, 1, h, w] of the first frame, for image-to-video models.
+    in one ragged batch. image: latents [B, c, 1, h, w] of the first frame, for image-to-video models.
     """
     kind = model.config.image_condition_type
     true_cfg = negative is not None and cfg > 1

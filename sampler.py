@@ -24,7 +24,7 @@ from torch.utils.data import Sampler
 def seeded(*key):
     """Return a random stream that is a function of the key alone: never of a rank, nor of what came before."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # 63 bits: torch takes no more
 
 
 class SampleIndex(int):

@@ -289,7 +289,7 @@ def batches(data, sampler, args):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# data: item i is (i, latents [C, T, h, w], text [L, text_dim], pooled [pooled_dim]); for image-to-video models also a dict
+# data: item i is (i, latents [c, T, h, w], text [L, text_dim], pooled [pooled_dim]); for image-to-video models also a dict
 # with image [C, 1, h, w]; its key `empty` is the (text, pooled) that a dropped caption becomes, by default zeros
 
 
@@ -379,10 +379,9 @@ class Shapes:
         """Return the clip that a caption describes, [3, 4, 16, 16] in -1..1, from a random place: 2 pixels a frame."""
         _, frames, size, _ = cls.CLIP_SHAPE
         words = caption.split()
-        colour, shape, direction = (
-            next(w for w in words if w in known) for known in (cls.COLOURS, cls.SHAPES, cls.DIRECTIONS)
-        )
-        colour, direction = torch.tensor(cls.COLOURS[colour]), cls.DIRECTIONS[direction]
+        colour = torch.tensor(next(cls.COLOURS[word] for word in words if word in cls.COLOURS))
+        shape = next(word for word in words if word in cls.SHAPES)
+        direction = next(cls.DIRECTIONS[word] for word in words if word in cls.DIRECTIONS)
         radius, way = (cls.SMALL if "small" in words else cls.RADIUS), 2 * (frames - 1)
         # the shape stays inside to the last frame
         spans = [(radius + way * (d < 0), size - radius - way * (d > 0)) for d in direction]
@@ -397,7 +396,8 @@ class Shapes:
     def stencil(cls, shape, radius, y, x):
         """Return a mask [16, 16] of the pixels of a shape around (y, x)."""
         axis = torch.arange(cls.CLIP_SHAPE[-1])
-        dy, dx = (axis - y).abs()[:, None], (axis - x).abs()
+        dy = (axis - y).abs()[:, None]
+        dx = (axis - x).abs()
         if shape == "circle":
             return dy**2 + dx**2 <= radius * (radius + 1)
         inside = torch.maximum(dy, dx) <= radius
@@ -409,15 +409,18 @@ class Shapes:
         light = (clip.float().clamp(-1, 1) + 1) / 2
         solid = light.amax(0) > 0.5  # [T, h, w]
         colours = torch.tensor([*cls.COLOURS.values()])
-        colour = (colours - light[:, solid].mean(1)).square().sum(1).argmin()
+        mean = light[:, solid].mean(1)
+        colour = (colours - mean).square().sum(1).argmin()
 
-        overlap = {}  # of each shape, at the best place in each frame: pixels in both, of those in either
-        places = [(y, x) for y in range(solid.shape[1]) for x in range(solid.shape[2])]
-        for shape, radius in product(cls.SHAPES, (cls.RADIUS, cls.SMALL)):
-            masks = torch.stack([cls.stencil(shape, radius, *place) for place in places])
-            both, either = ((solid[:, None] & masks), (solid[:, None] | masks))
-            overlap[shape, radius] = (both.sum((2, 3)) / either.sum((2, 3))).amax(1).mean()
-        shape, _ = max(overlap, key=overlap.get)
+        overlap = {}  # of each shape, small or not, at its best place in each frame
+        for kind in product(cls.SHAPES, (cls.RADIUS, cls.SMALL)):
+            overlap[kind] = torch.zeros(len(solid))
+            for place in product(range(solid.shape[1]), repeat=2):
+                mask = cls.stencil(*kind, *place)
+                both = (solid & mask).sum((1, 2))
+                either = (solid | mask).sum((1, 2))
+                overlap[kind] = torch.maximum(overlap[kind], both / either)
+        shape, _ = max(overlap, key=lambda kind: overlap[kind].sum())
 
         centres = [frame.nonzero().float().mean(0) for frame in solid]
         directions = torch.tensor([*cls.DIRECTIONS.values()]).float()
