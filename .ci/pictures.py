@@ -1,16 +1,22 @@
 """Draw the README's pictures into assets/, from data.
 
-    $ python .ci/pictures.py                    # layout.svg, all_to_all.svg, and scaling.svg from assets/measured.json
+    $ python .ci/pictures.py                    # layout.svg, all_to_all.svg, scaling.svg and block.svg, of assets/*.json
+    $ python .ci/pictures.py --trace clip-trace --work WORDS    # first block.json, from clip-trace-0.json.gz and -1.json.gz
     $ python .ci/pictures.py --train            # also training.png: trains the toy, samples from five of its checkpoints
     $ python .ci/pictures.py --clips clips/     # also training.png, of clips that are there: step-N-n.safetensors
 
 The SVGs need the standard library alone. training.png needs Pillow and what the toy needs; --train takes some minutes on a
-CPU. With --train, --clips says where the clips are kept.
+CPU. With --train, --clips says where the clips are kept. WORDS stand under block.svg's title. Its traces are those of
+
+    $ torchrun --nproc_per_node=2 -m full.infer --config 13b --blocks 1,1 --height 720 --width 1280 --frames 129 --steps 4 \\
+        --compile --profile --prompt "$(yes word | head -60 | xargs)"
 """
 
 import argparse
+import gzip
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -212,6 +218,273 @@ def draw_scaling():
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# one block in time, assets/block.json: measured in the traces of --profile
+
+KINDS = dict(  # kind of a segment: its name and its colour
+    attention=("attention", "#b5d4ef"),
+    linear=("linears", GREEN[0]),
+    pointwise=("norms, rope, GELU", "#8fcf9b"),
+    packing=("packing", "#6b7782"),
+    exchange=("exchange", ORANGE[0]),
+    waiting=("waiting", "url(#hatched)"),
+)
+STAGES = (  # the forward of a dual-stream block; what takes less than a two-thousandth of it has no name
+    *(("pointwise", "modulate"), ("linear", "q, k, v"), ("pointwise", "norms, rope"), ("packing", "pack")),
+    *(("exchange", "exchange of q, k, v"), ("attention", "attention")),
+    *(("exchange", "exchange of the output"), ("packing", "unpack"), ("linear", "projection")),
+    *(("pointwise", "norm"), ("linear", "MLP"), ("pointwise", "GELU"), ("linear", "MLP"), ("pointwise", "gate")),
+)
+HATCHED = (
+    f'<defs><pattern id="hatched" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    f'<rect width="6" height="6" fill="#fff6ea"/><rect width="2" height="6" fill="{ORANGE[1]}"/></pattern></defs>'
+)
+DARK = ("linear", "exchange", "packing")  # their names stand in white
+GROUND = "#f1f4f7"  # of the enlarged parts
+LEFT, WIDE = 92, 784  # where time 0 is, and the pixels of all of it
+NUMBERS = "no one two three four five six seven eight".split()
+TOGETHER = 0.3  # ms: an exchange ends on all ranks within that
+
+
+def kind_of(kernel, inside):
+    """Return a kernel's kind. inside: the names of the annotations around it."""
+    if "nccl" in kernel["name"]:
+        return "exchange"
+    if "attention" in inside:
+        return "attention"
+    if "all_to_all" in inside:
+        return "packing"
+    return "linear" if re.search("nvjet|gemm|cublas|cutlass", kernel["name"]) else "pointwise"
+
+
+def kernels_of_block(events):
+    """Return the first dual-stream block of a trace as [kind, start, end] in ms: the block itself, then its kernels."""
+    spans = [event for event in events if event.get("cat") == "gpu_user_annotation"]
+    blocks = [span for span in spans if span["name"].startswith("double_block")]
+    if not blocks:
+        raise ValueError("the trace has no double_block on a GPU: it is not one of --profile on GPUs")
+    block = min(blocks, key=lambda span: span["ts"])
+
+    def within(event, span):
+        return event["tid"] == span["tid"] and 0 <= event["ts"] + event["dur"] / 2 - span["ts"] <= span["dur"]
+
+    rows = [["block", block["ts"] / 1e3, (block["ts"] + block["dur"]) / 1e3]]
+    kernels = [event for event in events if event.get("cat") == "kernel" and within(event, block)]
+    for kernel in sorted(kernels, key=lambda event: event["ts"]):
+        kind = kind_of(kernel, [span["name"] for span in spans if within(kernel, span)])
+        rows.append([kind, kernel["ts"] / 1e3, (kernel["ts"] + kernel["dur"]) / 1e3])
+    return rows
+
+
+def segments_of(traces):
+    """Return, for each rank's list of events, the block's [kind, start, duration] in ms, and how far clocks were moved.
+
+    Time 0 is where the first rank's block begins. An exchange ends on all ranks at once, and it begins when the last rank
+    is ready: until then the others wait. Where clocks differ, the ends of the exchanges set them. ValueError if they cannot.
+    """
+    ranks = [kernels_of_block(events) for events in traces]
+    exchanges = [[row for row in rows if row[0] == "exchange"] for rows in ranks]
+    counts = [len(rows) for rows in exchanges]
+    if min(counts) == 0 or min(counts) < max(counts) or len(ranks) < 2:
+        raise ValueError(f"two ranks or more with equally many exchanges are needed; these have {counts}")
+
+    late = [[mine[2] - first[2] for mine, first in zip(rows, exchanges[0])] for rows in exchanges]
+    moved = [0.0] * len(ranks)
+    if max(abs(ms) for row in late for ms in row) > TOGETHER:
+        moved = [-sum(row) / len(row) for row in late]
+    apart = max(abs(ms + by) for row, by in zip(late, moved) for ms in row)
+    if apart > TOGETHER:
+        raise ValueError(
+            f"an exchange's ends lie {apart:.2f} ms apart, more than {TOGETHER}: are these traces of one run?"
+        )
+    ranks = [[[kind, start + by, end + by] for kind, start, end in rows] for rows, by in zip(ranks, moved)]
+    zero = min(rows[0][1] for rows in ranks)
+    exchanges = [[row for row in rows if row[0] == "exchange"] for rows in ranks]
+    ready = [max(row[1] for row in same) for same in zip(*exchanges)]
+
+    result = []
+    for block, *rows in ranks:
+        merged, begins = [], iter(ready)
+        for kind, start, end in rows:
+            if kind == "exchange":
+                start, waited = next(begins), start
+                merged.append(["waiting", waited, start])
+            if merged and merged[-1][0] == kind and start - merged[-1][2] < 0.02:
+                merged[-1][2] = end
+            else:
+                merged.append([kind, start, end])
+        rows = [[kind, round(start - zero, 3), round(end - start, 3)] for kind, start, end in [block, *merged]]
+        result.append([row for row in rows if row[2] > 0])
+    return result, [round(by, 3) + 0.0 for by in moved]
+
+
+def measure_block(prefix, work):
+    """Write assets/block.json from PREFIX-0.json.gz, PREFIX-1.json.gz and so on. work: a line on what was computed."""
+    traces = []
+    while (path := Path(f"{prefix}-{len(traces)}.json.gz")).exists():
+        with gzip.open(path) as file:
+            traces.append(json.load(file))
+    if not traces:
+        raise FileNotFoundError(f"there is no {path}")
+    ranks, moved = segments_of([trace["traceEvents"] for trace in traces])
+    gpu = traces[0]["deviceProperties"][0]["name"].removeprefix("NVIDIA ")
+    about = "What block.svg shows. Each rank: the block, then its segments: kind, start and duration in ms. See measured.md."
+    head = json.dumps(dict(about=about, gpu=gpu, work=work, clocks_moved_ms=moved), indent=2, ensure_ascii=False)
+    rows = ["    [\n" + ",\n".join(f"      {json.dumps(row)}" for row in rows) + "\n    ]" for rows in ranks]
+    whole = head.removesuffix("\n}") + ',\n  "ranks": [\n' + ",\n".join(rows) + "\n  ]\n}\n"
+    (ASSETS / "block.json").write_text(whole, encoding="utf-8")
+    print(f"wrote assets/block.json; clocks were moved by {moved} ms")
+
+
+def named(rows, rank, ranks):
+    """Return the segments that are long enough for a name, as (name, kind, start, duration)."""
+    long = [row for row in rows[1:] if row[2] >= rows[0][2] / 2000]
+    kinds = [kind for kind, *_ in long if kind != "waiting"]
+    known = kinds == [kind for kind, _ in STAGES]
+    names = iter([name for _, name in STAGES] if known else [KINDS[kind][0] for kind in kinds])
+    waits = f"waits for rank {1 - rank}:" if ranks == 2 else "waits"
+    return [(waits if row[0] == "waiting" else next(names), *row) for row in long]
+
+
+def beside(labels, gap=8):
+    """Move labels apart. labels: (middle wanted, width), from left to right -> middles at which none touches the next."""
+    groups = []  # [left edge, width, number of labels]
+    for middle, width in labels:
+        groups.append([middle - width / 2, width, 1])
+        while len(groups) > 1 and groups[-2][0] + groups[-2][1] + gap > groups[-1][0]:
+            (left, wide, many), (right, width, more) = groups[-2], groups[-1]
+            moved = (left * many + (right - wide - gap) * more) / (many + more)
+            groups[-2:] = [[moved, wide + gap + width, many + more]]
+    middles, labels = [], iter(labels)
+    for left, _, many in groups:
+        for _ in range(many):
+            _, width = next(labels)
+            middles.append(left + width / 2)
+            left += width + gap
+    return middles
+
+
+def ticks(start, end, x, y, scale):
+    """An axis in ms under the rows, a tick every 1, 2 or 5 times a power of ten: at most a dozen."""
+    step = next(s for n in range(-2, 6) for s in (10**n, 2 * 10**n, 5 * 10**n) if (end - start) / s <= 12)
+    parts = [line(x, y, x + (end - start) * scale, y, LINE, 1)]
+    for n in range(math.ceil(start / step), math.floor(end / step) + 1):
+        at = x + (n * step - start) * scale
+        parts += [line(at, y, at, y + 4, LINE, 1), text(f"{at:.1f}", y + 16, f"{n * step:g}", 11, "middle", PALE)]
+    return [*parts, text(x - 10, y + 16, "ms", 11, "end", PALE)]
+
+
+def draw_rows(ranks, window, y, height, lane, ready):
+    """Draw a row a rank, of what lies in the window (start, end, pixels per ms), with a dashed line where exchanges begin.
+
+    lane: the room above each row, for names that do not fit inside; without it they are left out.
+    Return the parts and the y of the axis.
+    """
+    begin, end, scale = window
+    bars, labels, top = [], [], y + lane
+
+    def at(ms):
+        return LEFT + (min(max(ms, begin), end) - begin) * scale
+
+    for rank, rows in enumerate(ranks):
+        y += lane or 6
+        labels.append(text(LEFT - 12, y + height / 2 + 5, f"rank {rank}", 13, "end", bold=True))
+        for kind, start, ms in rows[1:]:
+            if at(start) < at(start + ms):
+                bars.append(box(at(start), y, at(start + ms) - at(start), height, KINDS[kind][1], radius=0))
+        above = []  # (the bar's middle, the name's width, the name)
+        for name, kind, start, ms in named(rows, rank, len(ranks)):
+            x, width, words = (at(start) + at(start + ms)) / 2, at(start + ms) - at(start), f"{name} {ms:.1f}"
+            if kind == "attention" and lane:  # enlarged, it is cut off
+                continue
+            if width > 6.3 * len(words) + 4:
+                fill = "#ffffff" if kind in DARK else INK
+                labels.append(text(f"{x:.1f}", y + height / 2 + 4.5, words, 13, "middle", fill))
+            elif width and lane:
+                above.append((x, 5.9 * len(words), words))
+        wanted = [(min(max(x, LEFT + wide / 2), at(end) - wide / 2), wide) for x, wide, _ in above]
+        for (x, wide, words), middle in zip(above, beside(wanted)):
+            labels.append(line(middle, y - 9, x, y - 1, PALE, 0.8))
+            labels.append(box(middle - wide / 2, y - 25, wide, 15, GROUND, radius=0))  # over a dashed line
+            labels.append(text(f"{middle:.1f}", y - 13, words, 12, "middle"))
+        late = rows[0][1] - begin
+        if lane and late * scale > 140:
+            words = f"begins {late:.1f} ms later"
+            labels.append(text(f"{at(rows[0][1]) - 8:.1f}", y + height / 2 + 4.5, words, 13, "end", PALE))
+        y += height
+    y += 4
+
+    dashes = [line(at(ms), top - 2, at(ms), y, INK, 1.3, dashed=True) for ms in ready if lane and begin < ms < end]
+    labels.append(line(LEFT, y, at(end), y, PALE, 1))
+    labels.append(text(LEFT - 20, y + 16, "ms", 11, "end", PALE))
+    step = next(s for n in range(-2, 6) for s in (10**n, 2 * 10**n, 5 * 10**n) if (end - begin) / s <= 12)
+    for n in range(math.ceil(begin / step), math.floor(end / step) + 1):
+        labels.append(line(at(n * step), y, at(n * step), y + 4, PALE, 1))
+        labels.append(text(f"{at(n * step):.1f}", y + 16, f"{n * step:g}", 11, "middle", PALE))
+    return [*bars, *dashes, *labels], y
+
+
+def table(ranks, y):
+    """Write what each kind takes on each rank, and its share, under the legend. Return the parts and the y below."""
+    blocks = sum(rows[0][2] for rows in ranks)
+    columns = []
+    for kind, (name, fill) in KINDS.items():
+        columns.append((name, fill, [sum(ms for k, _, ms in rows[1:] if k == kind) for rows in ranks]))
+    busy = [sum(ms for _, _, ms in rows[1:]) for rows in ranks]
+    columns.append(("idle", "#ffffff", [rows[0][2] - ms for rows, ms in zip(ranks, busy)]))
+    columns.append(("sum", None, [rows[0][2] for rows in ranks]))
+    parts, x = [], LEFT
+    for rank in range(len(ranks)):
+        parts.append(text(LEFT - 12, y + 22 + 20 * rank, f"rank {rank}, ms", 12.5, "end", PALE))
+    parts.append(text(LEFT - 12, y + 22 + 20 * len(ranks), "share", 12.5, "end", PALE))
+    for name, fill, values in columns:
+        if fill:
+            parts.append(box(x, y - 11, 13, 13, fill, LINE, 0))
+        parts.append(text(x + 19 * bool(fill), y, name, 12.5))
+        for n, words in enumerate([*(f"{ms:.1f}" for ms in values), f"{100 * sum(values) / blocks:.1f} %"]):
+            parts.append(text(x + 19 * bool(fill), y + 22 + 20 * n, words, 13, bold=n == len(values)))
+        x += 6.2 * max(len(name), 6) + 48
+    return parts, y + 22 + 20 * len(ranks)
+
+
+def ground(window, whole, y, height, to):
+    """Draw an enlarged part's ground, y to y + height, and what joins it to its place in the whole strip, at y = to."""
+    (start, end, scale), edge = window, y + height if to > y else y
+    corners = ((start, edge, scale, start), (end, edge, scale, start), (end, to, whole[2], 0), (start, to, whole[2], 0))
+    path = " L ".join(f"{LEFT + (ms - zero) * by:.1f} {at:g}" for ms, at, by, zero in corners)
+    return [box(LEFT, y, (end - start) * scale, height, GROUND, radius=0), f'<path d="M {path} z" fill="{GROUND}"/>']
+
+
+def draw_block():
+    """Draw the whole block to scale; enlarged above it, what comes before attention, and below it, what comes after."""
+    facts = json.loads((ASSETS / "block.json").read_text(encoding="utf-8"))
+    ranks = facts["ranks"]
+    attention = [[(start, start + ms) for kind, start, ms in rows if kind == "attention"] for rows in ranks]
+    begin = max(pieces[0][0] for pieces in attention)
+    end = min(pieces[-1][1] for pieces in attention)
+    last = max(rows[0][1] + rows[0][2] for rows in ranks)
+    stub = 0.04 * max(begin, last - end)  # so much of attention is seen in the enlarged parts
+    scale = WIDE / (stub + max(begin, last - end))
+    before, whole, after = (0, begin + stub, scale), (0, last, WIDE / last), (end - stub, last, scale)
+    exchanges = [[start for kind, start, _ in rows if kind == "exchange"] for rows in ranks]
+    ready = [max(starts) for starts in zip(*exchanges)]
+
+    first, y1 = draw_rows(ranks, before, 68, 34, 32, ready)
+    middle, y2 = draw_rows(ranks, whole, y1 + 44, 24, 0, ready)
+    third, y3 = draw_rows(ranks, after, y2 + 40, 34, 32, ready)
+    legend, y4 = table(ranks, y3 + 54)
+
+    count = NUMBERS[len(ranks)] if len(ranks) < len(NUMBERS) else len(ranks)
+    longest = max(rows[0][2] for rows in ranks)
+    title = f"One dual-stream block, forward, on {count} {facts['gpu']}s: {longest:.0f} ms"
+    parts = [HATCHED, text(24, 34, title, 18, bold=True), text(24, 57, facts["work"], 13, fill=PALE)]
+    parts += ground(before, whole, 68, y1 - 68, y1 + 50) + ground(after, whole, y2 + 40, y3 - y2 - 40, y2)
+    parts += [*first, *middle, *third, *legend, line(LEFT + 6, y4 + 18, LEFT + 6, y4 + 36, INK, 1.3, dashed=True)]
+    words = "Here the last GPU is ready and the exchange begins: the others have waited for it. It ends on all at once."
+    parts.append(text(LEFT + 19, y4 + 32, words, 13))
+    write_svg("block.svg", 900, y4 + 54, title, parts)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # the toy's clips over training
 
 STEPS = (50, 150, 300, 600, 900)
@@ -274,10 +547,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true", help="train the toy and sample the clips of training.png")
     parser.add_argument("--clips", help="folder of step-N-n.safetensors (with --train: where they go)")
+    parser.add_argument(
+        "--trace", metavar="PREFIX", help="traces PREFIX-0.json.gz, .. of --profile: measure block.json in them"
+    )
+    parser.add_argument("--work", default="", help="with --trace: a line on what was computed, for the picture")
     args = parser.parse_args()
     draw_layout()
     draw_all_to_all()
     draw_scaling()
+    if args.trace:
+        measure_block(args.trace, args.work)
+    draw_block()
     if args.train or args.clips:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(args.clips or temporary).resolve()

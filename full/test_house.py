@@ -1,6 +1,10 @@
-"""The house: the lesson stands alone, arrows go one way, old commands name the new ones, the README's command works."""
+"""The house: the lesson stands alone, arrows go one way, old commands name the new ones, the README's command works and
+its pictures show the data."""
 
 import ast
+import gzip
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -104,3 +108,73 @@ def test_arrows_go_one_way():
         for name in ready:
             del left[name]
     assert not left, f"a circle: {left}"
+
+
+def pictures_in(folder):
+    """Return .ci/pictures.py, which reads and writes there."""
+    spec = importlib.util.spec_from_file_location("pictures", HERE / ".ci" / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    pictures.ASSETS = folder
+    return pictures
+
+
+def write_trace(path, clock, late=0):
+    """Write a block of 100 ms on a GPU whose clock is `clock` ms ahead; late: it comes to each exchange so much later."""
+    ready, done = 14 + late, 72 + late  # where its exchanges begin
+    events = [("gpu_user_annotation", "double_block 0", 0, 100, 7), ("gpu_user_annotation", "all_to_all", 12, ready, 7)]
+    events += [("gpu_user_annotation", "attention", 22, done, 7)]
+    events += [("kernel", "nvjet_sm90", 0, 10, 7), ("kernel", "triton_poi_fused_add", 10, 12, 7)]
+    events += [("kernel", "CatArrayBatched", 12, ready - 1, 7), ("kernel", "CatArrayBatched", ready - 1, ready, 7)]
+    events += [("kernel", "ncclDevKernel_SendRecv", ready, 22, 7), ("kernel", "triton_fused_attention", 22, done, 7)]
+    events += [("kernel", "ncclDevKernel_SendRecv", done, 80, 7), ("kernel", "nvjet_sm90", 81, 100, 7)]
+    events += [("kernel", "ncclDevKernel_AllGather", 30, 40, 9)]  # FSDP's, on a stream of its own
+    rows = [dict(cat=c, name=n, ts=1e3 * (s + clock), dur=1e3 * (e - s), tid=t) for c, n, s, e, t in events]
+    with gzip.open(path, "wt") as file:
+        json.dump(dict(traceEvents=rows, deviceProperties=[dict(name="NVIDIA H200")]), file)
+
+
+@pytest.mark.parametrize("clock", [0, 1000])
+def test_the_picture_of_a_block_shows_who_waits(clock, tmp_path):
+    """Of an exchange on the rank that comes first, what lies before the other one's beginning is waiting."""
+    write_trace(tmp_path / "x-0.json.gz", 0)
+    write_trace(tmp_path / "x-1.json.gz", clock, late=5)
+    pictures = pictures_in(tmp_path)
+    pictures.measure_block(tmp_path / "x", "")
+    facts = json.loads((tmp_path / "block.json").read_text())
+    first = [["block", 0, 100], ["linear", 0, 10], ["pointwise", 10, 2], ["packing", 12, 2], ["waiting", 14, 5]]
+    first += [["exchange", 19, 3], ["attention", 22, 50], ["waiting", 72, 5], ["exchange", 77, 3], ["linear", 81, 19]]
+    second = [["block", 0, 100], ["linear", 0, 10], ["pointwise", 10, 2], ["packing", 12, 7], ["exchange", 19, 3]]
+    second += [["attention", 22, 55], ["exchange", 77, 3], ["linear", 81, 19]]
+    assert facts["ranks"] == [first, second] and facts["clocks_moved_ms"] == [0, -clock]
+    pictures.draw_block()
+    drawn = (tmp_path / "block.svg").read_text()
+    assert drawn.count("waits for rank 1: 5.0") == 2 and "waits for rank 0" not in drawn
+    assert "two H200s: 100 ms" in drawn
+
+
+def test_the_picture_of_a_block_needs_ranks_of_one_run(tmp_path):
+    pictures = pictures_in(tmp_path)
+    write_trace(tmp_path / "x-0.json.gz", 0)
+    with pytest.raises(ValueError, match="two ranks"):
+        pictures.measure_block(tmp_path / "x", "")
+    write_trace(tmp_path / "x-1.json.gz", 0)
+    with gzip.open(tmp_path / "x-1.json.gz", "rt") as file:
+        trace = json.load(file)
+    next(e for e in trace["traceEvents"] if "SendRecv" in e["name"])["dur"] -= 3e3
+    with gzip.open(tmp_path / "x-1.json.gz", "wt") as file:
+        json.dump(trace, file)
+    with pytest.raises(ValueError, match="1.50 ms apart"):
+        pictures.measure_block(tmp_path / "x", "")
+
+
+def test_pictures_are_drawn_from_their_data(tmp_path):
+    for file in (HERE / "assets").glob("*.json"):
+        shutil.copy(file, tmp_path)
+    pictures = pictures_in(tmp_path)
+    for draw in (pictures.draw_layout, pictures.draw_all_to_all, pictures.draw_scaling, pictures.draw_block):
+        draw()
+    drawn = sorted(tmp_path.glob("*.svg"))
+    assert [file.name for file in drawn] == sorted(file.name for file in (HERE / "assets").glob("*.svg"))
+    for file in drawn:
+        assert file.read_text() == (HERE / "assets" / file.name).read_text(), f"{file.name}: run .ci/pictures.py"
