@@ -1452,7 +1452,7 @@ def test_a_folder_of_latents(tmp_path):
     and what is another folder is not gone on with."""
     (tmp_path / "data").mkdir(), (tmp_path / "odd").mkdir()
     for n in range(9):
-        latents = torch.randn((3, 2, 4, 6) if n % 3 else (3, 1, 8, 4))
+        latents = torch.randn((3, 2, 4, 8) if n % 3 else (3, 1, 8, 4))
         sample = dict(latents=latents, text=torch.ones(1 + n % 4, 32), pooled=torch.ones(32))
         save_file(sample, tmp_path / f"data/{n}.safetensors")
         save_file(sample | dict(latents=latents * (math.nan if n == 4 else 1)), tmp_path / f"odd/{n}.safetensors")

@@ -78,10 +78,11 @@ class Folder:
             raise ValueError(f"{problem}: text has valid tokens only, and needs no mask")
         channels, latents = config.out_channels, shapes.get("latents", [])
         fits = len(latents) == 4 and latents[0] == channels
-        even = all(n >= 1 and n % p == 0 for n, p in zip(latents[1:], config.patch_size))
-        if not (fits and even and text_fits(shapes, config)):
+        whole = all(n >= 1 and n % p == 0 for n, p in zip(latents[1:], config.patch_size))
+        if not (fits and whole and text_fits(shapes, config)):
+            patches = "whole patches of {} x {} x {}".format(*config.patch_size)
             texts = f"text [L, {config.text_dim}] and pooled [{config.pooled_dim}]"
-            raise ValueError(f"{file} holds {shapes}, expected latents [{channels}, T, h, w] with h, w even, {texts}")
+            raise ValueError(f"{file} holds {shapes}, expected latents [{channels}, T, h, w] in {patches}, {texts}")
         if self.with_image:
             empty = {name: shapes.get(f"empty_{name}", []) for name in ("text", "pooled")}
             if shapes.get("image") != [channels, 1, *latents[2:]] or not text_fits(empty, config):

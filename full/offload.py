@@ -6,6 +6,7 @@ before backward asks for it.
 """
 
 import contextlib
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,27 +20,30 @@ SIDE, LARGE = {}, 1 << 20  # each GPU's stream for copies during the computation
 @contextlib.contextmanager
 def offloaded():
     """Return a context in which tensors kept for backward lie in the host's memory. It pays only with checkpointing."""
-    waiting = []  # in the order of forward; backward asks for the last ones first
+    # of blocks and of attention, in the order of forward; backward asks for the last ones first
+    inputs, outputs = [], []
 
-    def to_host(x):
+    def to_host(waiting, x):
         if not is_large(x):
             return x
         waiting.append(OnHost(x))
         return waiting[-1]
 
-    def from_host(kept):
+    def from_host(waiting, others, kept):
         if not isinstance(kept, OnHost):
             return kept
         if kept in waiting:
             waiting.remove(kept)
-        for one in (kept, *waiting[-1:]):  # the next one, too, comes back from now on
+        # what is asked for next sets out, too: after a block's input its attention, then the input of the block before
+        for one in (kept, *(others or waiting)[-1:]):
             one.fetch()
         return kept.take()
 
     plain = CHECKPOINTING["attention"]
-    CHECKPOINTING["attention"] = lambda: attention_on_host(to_host, from_host)
+    ways = partial(to_host, outputs), partial(from_host, outputs, inputs)
+    CHECKPOINTING["attention"] = partial(attention_on_host, *ways)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(to_host, from_host):
+        with torch.autograd.graph.saved_tensors_hooks(partial(to_host, inputs), partial(from_host, inputs, outputs)):
             yield
     finally:
         CHECKPOINTING["attention"] = plain

@@ -75,7 +75,7 @@ BAD = [  # on 2 ranks; {bad} is the folder that `bad_files` fills
     ("full.train --data {bad}/pickle", "pickle/a.safetensors is not a readable safetensors file"),
     ("full.train --data {bad}/huge", "huge/a.safetensors is not a readable safetensors file"),
     ("full.train --data {bad}/odd", "odd/a.safetensors holds"),
-    ("full.train --data {bad}/width", "expected latents [3, T, h, w] with h, w even, text [L, 32]"),
+    ("full.train --data {bad}/width", "expected latents [3, T, h, w] in whole patches of 1 x 4 x 4, text [L, 32]"),
     ("full.train --data {bad}/lacking", "lacking/a.safetensors holds"),
     ("full.train --weights {bad}/none.safetensors", "no weights at"),
     ("full.train --weights {bad}", "no weights at"),

@@ -418,6 +418,6 @@ def test_another_rope_is_another_model(tmp_path):
     """A clip that another rope_theta made does not count as there. (Ranks: check_ranks_with_other_files.)"""
     assert replace(TINY, rope_theta=10000.0) != TINY
     args = parse_infer(["--model", "S", "--prompt", "x", "--output", str(tmp_path / "clip")])
-    made, other = (Clip(args, "x", 0, [dict(rope_theta=theta)], "c") for theta in (256.0, 10000.0))
+    made, other = (Clip(args, "x", 0, [dict(rope_theta=theta)], str(tmp_path / "c")) for theta in (256.0, 10000.0))
     made.write(torch.zeros(16, 1, 8, 12), torch.zeros(3, 1, 64, 96))
     assert made.made_by != other.made_by and made.is_made() and not other.is_made()

@@ -57,7 +57,7 @@ def write_sample(path, latents, words=2):
 def test_hold_out(tmp_path):
     """By name: disjoint, whole, the same whatever else is there; and never all of them."""
     for n in range(20):
-        write_sample(tmp_path / f"data/{n}.safetensors", torch.zeros(3, 1, 4, 2 * (1 + n % 2)))
+        write_sample(tmp_path / f"data/{n}.safetensors", torch.zeros(3, 1, 4, 4 * (1 + n % 2)))
     flags = ["--data", str(tmp_path / "data"), "--validate_every", "5", "--validate", "0.2"]
     split, config = partial(parse_train, None, flags), HunyuanConfig.preset("tiny")
     data = build_data(config, split())
@@ -75,7 +75,7 @@ def test_hold_out(tmp_path):
 def test_data_folder_and_damaged_checkpoint(tmp_path):
     """Samples of two shapes and ragged text train together; a checkpoint with one flipped byte is refused by name."""
     for n in range(9):
-        shape, words = ((3, 2, 4, 6) if n % 3 else (3, 1, 8, 4)), 1 + n % 4
+        shape, words = ((3, 2, 4, 8) if n % 3 else (3, 1, 8, 4)), 1 + n % 4
         write_sample(tmp_path / f"data/{n}.safetensors", torch.randn(shape), words)
     flags = ["--data", tmp_path / "data", "--out", tmp_path / "out", "--batch", 2, "--workers", 1]
     results = fork("full.train", *flags, "--steps", 6, ranks=2, out=tmp_path)
@@ -431,11 +431,12 @@ def test_the_order_of_checkpoints_is_a_counters(tmp_path):
             read_manifest(tmp_path / "step-2")
 
 
-# what version 0.1, commit 6bf7b78, wrote after `train_min.py --steps 2 --batch 4 --blocks 1,1`, but for its files
+# what version 0.1, commit 6bf7b78, wrote after `train_min.py --steps 2 --batch 4 --blocks 1,1`, but for its files, and for the
+# toy's learning rate and patches, which were 0.002 and [1, 2, 2]
 OLD = dict(
-    args=dict(accumulation=1, attention="sdpa", batch=4, blocks="1,1", caption_drop=0.1, checkpointing="none", clip=1.0, compile=False, config="tiny", data=None, debug=False, deterministic=False, device="cpu", dp=None, dtype=None, ema=0.0, frames=17, guidance=1.0, height=256, keep=3, lora=None, lora_alpha=None, lr=0.002, model=None, offload=[], out="out", plan=False, profile=False, resume=None, sample_prompt=None, save_every=None, seed=0, shard_size=None, shift=4.0, sp=1, steps=2, tensorboard=False, timeout=600, validate=None, validate_every=0, warmup=50, weights=None, width=256, workers=0),
+    args=dict(accumulation=1, attention="sdpa", batch=4, blocks="1,1", caption_drop=0.1, checkpointing="none", clip=1.0, compile=False, config="tiny", data=None, debug=False, deterministic=False, device="cpu", dp=None, dtype=None, ema=0.0, frames=17, guidance=1.0, height=256, keep=3, lora=None, lora_alpha=None, lr=0.004, model=None, offload=[], out="out", plan=False, profile=False, resume=None, sample_prompt=None, save_every=None, seed=0, shard_size=None, shift=4.0, sp=1, steps=2, tensorboard=False, timeout=600, validate=None, validate_every=0, warmup=50, weights=None, width=256, workers=0),
     batch=4,
-    config=dict(double_depth=1, guidance_embed=False, in_channels=3, mlp_ratio=2.0, num_heads=6, out_channels=3, patch_size=[1, 2, 2], pooled_dim=32, refiner_depth=1, rope_dims=[4, 6, 6], rope_theta=256.0, single_depth=1, text_dim=32),
+    config=dict(double_depth=1, guidance_embed=False, in_channels=3, mlp_ratio=2.0, num_heads=6, out_channels=3, patch_size=[1, 4, 4], pooled_dim=32, refiner_depth=1, rope_dims=[4, 6, 6], rope_theta=256.0, single_depth=1, text_dim=32),
     ema=False,
     held_out=0,
     layout=[1, 1],

@@ -93,7 +93,7 @@ def test_sampling_shows_where_it_is(rank, quiet, lines):
 
     shown = re.findall(r"clip (\d) of 3 · step (\d)/3 · .* left\n", printed_by(two_rounds))
     assert shown == [(clip, step) for clip in "13" for step in "123"][:lines]
-    assert len(clock.seconds) == 3 and clock.work[0][0] == 4 * 6 * 6, clock.work
+    assert len(clock.seconds) == 3 and clock.work[0][0] == 4 * 4 * 4, clock.work
 
 
 def test_a_clip_at_each_validation(tmp_path):
