@@ -67,7 +67,7 @@ def add_flags(parser):
     flag("--shift", type=float, default=4.0, help="flow shift of the noise levels (the 13B: 7)")
     flag("--guidance", type=float, default=1.0, help="guidance scale fed to models that embed it")
     flag("--caption_drop", type=float, default=0.1, help="chance of training a sample without its text")
-    flag("--checkpointing", choices=CHECKPOINTING, default="attention", help="of activations")
+    flag("--checkpointing", choices=CHECKPOINTING, help="of activations (default: attention; tiny: none)")
     flag("--seed", type=int, default=0, help="of weights, order, noise and caption drop")
     flag("--out", default="out", help="folder of checkpoints and log.jsonl")
     flag("--save_every", type=int, help="steps between checkpoints (default: one at the end; benchmarks: none)")
@@ -87,6 +87,7 @@ def train(args):
     """Build everything, take the steps, save checkpoints. Return the ParallelManager."""
     config = HunyuanConfig.preset(args.config)
     data = build_data(config, args)
+    args.checkpointing = args.checkpointing or ("none" if args.config == "tiny" else "attention")
 
     # who am I; which samples are mine; where did we stop
     pm = ParallelManager(args.dp, args.sp, args.device)

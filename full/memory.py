@@ -40,17 +40,16 @@ def host_left():
     return min(left)
 
 
-def check_host(model, world):
-    """Raise ValueError if the host lacks the memory for a model's weights, in pinned shards. Call it before loading.
+def check_host(offload, each, world):
+    """Raise ValueError if the host lacks the memory for what --offload keeps there. Call it on every rank, before loading.
 
-    model: on the meta device, not yet sharded. world: the number of ranks that share it.
+    offload: that flag's values. each: the bytes of a rank. world: the number of ranks that share the host.
     """
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    each = sum(pinned(param.numel() * param.itemsize / world) for param in model.parameters())
-    needed, left = each * ranks_here, host_left()
+    needed, left = each * int(os.environ.get("LOCAL_WORLD_SIZE", world)), host_left()
     if needed > left:
+        flags = " ".join(f"--offload {name}" for name in offload)
         raise ValueError(
-            f"--offload weights needs {needed / 2**30:.1f} GiB of this host's memory, and {left / 2**30:.1f} are left"
+            f"{flags} needs {needed / 2**30:.1f} GiB of this host's memory, and {left / 2**30:.1f} are left"
         )
 
 

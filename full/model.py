@@ -12,7 +12,7 @@ from full.fa4 import attention_kernel
 from full.files import fingerprint
 from full.flags import compute_dtype, get_config
 from full.lora import lora_facts, lora_files, merge_checkpoint, merge_loras
-from full.memory import check_host
+from full.memory import check_host, pinned
 from full.screen import say
 from full.slices import slice_mlps
 from full.weights import load_weights, weight_files
@@ -91,13 +91,14 @@ class Source:
         tuned = self.path and not self.lora  # the checkpoint has all weights, in float32
         with torch.device("meta"):
             model = HunyuanVideo(self.config)
-        model, pinned = model if tuned else model.to(dtype), pm.device.type == "cuda"
+        model, on_gpu = model if tuned else model.to(dtype), pm.device.type == "cuda"
         model.attention = attention_kernel(attention)
         slice_mlps(model, mlp_slices)
-        if offload and pinned:
-            faults.together(lambda: check_host(model, pm.world_size))
+        if offload and on_gpu:
+            each = sum(pinned(param.numel() * param.itemsize / pm.world_size) for param in model.parameters())
+            faults.together(lambda: check_host(["weights"], each, pm.world_size))
         if shard or offload:
-            policy = CPUOffloadPolicy(pin_memory=pinned) if offload else None
+            policy = CPUOffloadPolicy(pin_memory=on_gpu) if offload else None
             pm.shard(model, model.blocks, None if dtype == torch.float32 else dtype, offload_policy=policy)
         else:
             model = model.to_empty(device=pm.device)

@@ -17,7 +17,7 @@ from full.fa4 import fastest_kernel
 from full.flags import parse_train
 from full.infer import parse as parse_infer
 from full.lora import add_lora, layers_of
-from full.memory import check_host, cure, host_left, limit_memory
+from full.memory import check_host, cure, host_left, limit_memory, pinned
 from full.slices import slice_mlps
 from hunyuan_sp import CHECKPOINTING, KEPT
 from test_sp import CONFIG, close, draws, eager_compiler, random_inputs, random_model
@@ -126,14 +126,12 @@ def test_what_checkpointing_keeps_lies_on_the_host(lengths, checkpointing, runs,
 
 
 def test_a_host_that_is_too_small():
-    assert 0 < host_left() < float("inf")
-    with torch.device("meta"):
-        model = torch.nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16)
-    with mock.patch.object(full.memory, "host_left", lambda: 2**21):  # as pinned, 2 MB are a power of two
-        check_host(model, 1)
-    with mock.patch.object(full.memory, "host_left", lambda: 2**21 - 1):
-        with pytest.raises(ValueError, match="--offload weights needs 0.0 GiB of this host's memory, and 0.0 are left"):
-            check_host(model, 1)
+    assert 0 < host_left() < float("inf") and pinned(2 * 10**6) == 2**21  # a power of two
+    with mock.patch.object(full.memory, "host_left", lambda: 6 * 2**30):
+        check_host(["weights"], 3 * 2**30, 2)
+        sentence = "--offload activations --offload weights needs 9.0 GiB of this host's memory, and 6.0 are left"
+        with pytest.raises(ValueError, match=sentence):
+            check_host(["activations", "weights"], 3 * 2**30, 3)
 
 
 def test_a_limit_is_one_less(monkeypatch):
