@@ -11,9 +11,9 @@ around attention the ranks trade tokens for heads. 4 tokens × 4 heads on 2 rank
                                                              all tokens, half the heads
 
 The gradient rule: each collective's backward is the exact transpose of its forward. So autograd on rank r gives the
-derivative of the SUM of all ranks' losses by rank r's own copy of a weight. The copies are one weight: its gradient is
-the plain sum over all dp × sp ranks, with `local loss = sum over my tokens / global count`. There is no other factor,
-for any parameter, at any uneven length.
+gradient of the SUM of all ranks' losses with respect to rank r's copy of a weight. All copies are the same variable, so
+by the chain rule its gradient is the plain sum over all dp × sp ranks, with `local loss = sum over my tokens / global
+count`. There is no other factor, for any parameter, at any uneven length.
 
 Copy it into any model: `split_sequence(x, group)` before the blocks, `ulysses(kernel, q, k, v, group, length)` for the
 attention, `gather_sequence(x, group, length)` after the blocks. A group of None is one device, everywhere.
@@ -127,8 +127,8 @@ def split_sequence(x, group, dim=1):
 def gather_sequence(x, group, length, dim=1):
     """Return the parts of all ranks, joined, on every rank: [.., L/P, ..] -> [.., L, ..] with L = length.
 
-    The transpose of an all-gather is a reduce-scatter with a plain sum. Here every rank gets a copy of our part by
-    all_to_all, backward brings the copies' gradients back, and autograd sums them, as it does for every `expand`.
+    It is an all-gather, written as the all-to-all of P copies: the same bytes. Backward is then the transpose of that, a
+    reduce-scatter with a plain sum: the copies' gradients come back, and autograd sums them, as for every `expand`.
     """
     dim, ranks = dim % x.dim(), group_size(group)
     copies = x.expand(ranks, *x.shape)
@@ -191,7 +191,7 @@ class ParallelManager:
         self.dp_group, self.sp_group = mesh.get_group("dp"), mesh.get_group("sp")
         self.dp_size, self.sp_size = mesh["dp"].size(), mesh["sp"].size()
         self.dp_rank = mesh.get_coordinate()[names.index("dp")]
-        # not the coordinate: a group sorts its ranks, and each holds the part of its place in that order
+        # in a mesh of permuted ranks not the coordinate, but the place in the group, which the collectives go by
         self.sp_rank = group_rank(self.sp_group)
 
     def shard(self, model, blocks, param_dtype=None, shard_size=None, reshard_after_forward=True, offload_policy=None):
@@ -236,7 +236,7 @@ class ParallelManager:
     def backward(self, model, loss, last=True):
         """Accumulate the gradients of a sharded model; the ranks sum them on the `last` micro-batch of a step.
 
-        Until then every rank holds all gradients, unsharded and in float32: 52 GB for the 13B.
+        Until then every rank holds all gradients, unsharded and in float32: 51 GB for the 13B.
         """
         model.set_requires_gradient_sync(last)
         loss.backward()

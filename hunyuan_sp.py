@@ -1,6 +1,6 @@
 """HunyuanVideo's DiT, every token on exactly one rank.
 
-One forward, top to bottom (B batch, S video, L text, N any tokens, H heads × D dims = C hidden, P sequence-parallel ranks):
+One forward, top to bottom (B batch, S video tokens, L text, N any, H heads × D dims = C hidden, P sequence-parallel ranks):
 
     latents [B, 16, T, h, w] ── patches, split over the ranks ──> img [B, S/P, C] ─┐
     text    [B, L, 4096] ────── token refiner, then split ──────> txt [B, L/P, C] ─┼─ 20 dual-stream blocks
@@ -113,7 +113,7 @@ TINY = HunyuanConfig(
 
 
 def sinusoid(t):
-    """Embed t [B] -> [B, 256], cosines first. It must be float32: at t = 6016 the last bit moves the output by 2e-4."""
+    """Embed t [B] -> [B, 256], cosines first. It must be float32: at 6016 (guidance 6) the last bit moves the output by 2e-4."""
     angle = t.float()[:, None] * time_frequencies(t.device)
     return torch.cat((angle.cos(), angle.sin()), 1)
 
@@ -162,7 +162,7 @@ def rope_table(config, grid, start, stop, text_tokens=0, device=None):
 def with_image(latents, image, kind):
     """Return the latents [B, c, T, h, w] that an image-to-video model takes, given the image's own [B, c, 1, h, w].
 
-    token_replace: frame 0 is the image. latent_concat: [B, 2C + 1, T, h, w], the added channels are the image's latents
+    token_replace: frame 0 is the image. latent_concat: [B, 2c + 1, T, h, w], the added channels are the image's latents
     in frame 0, zeros in the others, and a mask that is 1 in frame 0. None, for text-to-video: the latents as they are.
     """
     if kind == "token_replace":
@@ -205,13 +205,13 @@ def valid_tokens(lengths, size):
 
 
 def sdpa(q, k, v):
-    """Attend: q, k, v [B, N, H, D] -> [B, N, H, D]. It takes no mask: that costs 1.5x, and lengths are known."""
+    """Attend: q, k, v [B, N, H, D] -> [B, N, H, D]. No mask: one costs 1.5x, and the lengths are known."""
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     with sdpa_kernel(backends(q.device), set_priority=True):
         out = F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
     if out.requires_grad:
-        # for equal strides of q, k and v torch takes the same cuDNN plan of backward again, though the plan depends on
-        # the gradient's strides too: if those varied, it would read out of bounds
+        # torch caches cuDNN's plan of backward by the strides of q, k and v alone: with other strides of the gradient the
+        # plan would read out of bounds, so the gradient is always made contiguous
         out.register_hook(torch.Tensor.contiguous)
     return out
 
@@ -226,7 +226,8 @@ def backends(device):
 
 @torch.compiler.disable  # blocks are compiled on both sides of it
 def joint_attention(qkv, video, lengths, group=None, attention=sdpa):
-    """Attend over the video tokens and the valid text tokens of each sample, on all ranks together.
+    """Attend over the video tokens and the valid text tokens of each sample, on all ranks together: `ulysses` with q, k
+    and v in one collective, since they have equal lengths.
 
     qkv [B, (S+L)/P, 3, H, D], stacked so that they travel in one collective -> [B, (S+L)/P, C].
     video: S, the video tokens over all ranks. lengths: the B numbers of valid text tokens; L is the largest of them.
@@ -365,7 +366,7 @@ class Still(NamedTuple):
     """The tokens of the given image, which has no noise: token_replace models modulate them as at time 0."""
 
     vec: torch.Tensor  # [B, C], of time 0
-    mask: torch.Tensor  # [L, 1], true for the image's tokens
+    mask: torch.Tensor  # [N, 1], true for the image's tokens
 
 
 class Modulation(nn.Module):
@@ -521,7 +522,7 @@ class FinalLayer(nn.Module):
 
 
 class HunyuanVideo(nn.Module):
-    """The DiT. For another attention kernel set `model.attention = f`, with f(q, k, v) -> out, all [B, N, H, D]."""
+    """The DiT. For another attention kernel set `model.attention = f`, with f(q, k, v) -> out, all [B, N, H, D]: no mask."""
 
     def __init__(self, config):
         super().__init__()
@@ -542,7 +543,7 @@ class HunyuanVideo(nn.Module):
     ):
         """Return the velocity [B, out_channels, T, h, w]; with gather=False this rank's patches [B, S/P, out*pt*ph*pw].
 
-        latents [B, in_channels, T, h, w], h and w even; timestep [B] float in 0..1000 (1000 = noise);
+        latents [B, in_channels, T, h, w], in whole patches; timestep [B] float in 0..1000 (1000 = noise);
         text [B, L, text_dim], padded on the right; lengths: a list of the B numbers of valid text tokens;
         pooled [B, pooled_dim]; guidance [B], for models that embed it: see guidance_input.
         group: the sp process group. All its ranks pass the same inputs, none of them split, and hold the same weights.
@@ -613,7 +614,7 @@ class HunyuanVideo(nn.Module):
     def compile_blocks(self):
         """Compile both sides of each block's attention. All ranks compile the same graphs, and blocks of a kind share them.
 
-        The second size compiles one graph for all sizes above 1; after eight graphs, further sizes run uncompiled. The
+        The first size gets graphs of its own, a second one graphs for all sizes; after eight, further sizes run uncompiled. The
         embedders, the refiner and the final layer stay as they are: they are too small to matter.
         """
         options = {"triton.mix_order_reduction": False}  # else modulation's gradients are lost (pytorch issue 193061)

@@ -99,7 +99,7 @@ class DPSPBatchSampler(Sampler):
         return self._shares(self._batches_left[0])[1]
 
     def _shares(self, batch):
-        """Return a rank's samples of a global batch, fillers included, and the number of micro-batches they make."""
+        """Return how many samples each rank gets of a global batch, fillers included, and in how many micro-batches."""
         samples = -(-len(batch) // self.dp_size)  # rounded up
         return samples, min(self.accumulation, samples)
 

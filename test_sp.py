@@ -630,7 +630,7 @@ MISTAKES = [  # and their cures
     ("the mean of local means", "local sums divided by the global count"),
     ("a gather whose backward is a slice, the loss of all tokens on every rank, gradients averaged", "`gather_sequence`, or the loss of my tokens alone"),
     ("an exact gather, the loss of all tokens on every rank, gradients summed", "every rank has the same loss: divide it by sp, or take my tokens alone"),
-    ("parameters before the split, replicated on every rank, are not summed over sp", "sum it over sp as well"),
+    ("parameters before the split, replicated on every rank, are not summed over sp", "sum them over sp as well"),
     ("a split whose backward is an all-gather, gradients summed", "`split_sequence`: a slice, whose backward is zeros elsewhere"),
     ("padding is counted: each shard is padded to 4 tokens, with error 0", "count real tokens"),
     ("the mean over two micro-batches, of 11 and 5 tokens", "one count for the whole step, over all micro-batches"),
@@ -709,7 +709,7 @@ def commit_mistakes(pm):
     limit = truth.norm() / 2
     wrong = torch.cat([part * (limit / part.norm()).clamp(max=1) for part in truth.tensor_split(P)])
     assert 1.01 * limit < wrong.norm() <= P**0.5 * limit
-    yield f"clipped, it is {wrong.norm() / limit:.2f} times too long: {mixed(wrong, truth / 2)}"
+    yield f"too long after clipping: {mixed(wrong, truth / 2)}"
 
 
 def check_wrong_gradients(pm, folder):

@@ -58,7 +58,7 @@ def add_flags(parser):
     flag("--sp", "--sequence_parallel_size", type=int, default=1, help="ranks that share a sample")
     flag("--dp", "--data_parallel_size", type=int, help="data-parallel groups (default: world size / sp)")
     flag("--shard_size", type=int, help="HSDP: shard weights over this many ranks, replicate beyond (default: all)")
-    flag("--steps", type=int, default=3000, help="optimizer steps in all, those before a resume included")
+    flag("--steps", type=int, default=2500, help="optimizer steps in all, those before a resume included")
     flag("--batch", type=int, default=16, help="global batch: samples a step, over all ranks and micro-batches")
     flag("--accumulation", type=int, default=1, help="micro-batches a step")
     flag("--lr", type=float, default=4e-3, help="peak, then a cosine to a tenth (fine-tuning the 13B: 1e-5)")
@@ -204,7 +204,7 @@ def load_checkpoint(out, model, optimizer, sampler):
     if HunyuanConfig.from_dict(manifest["config"]) != model.config:
         raise ValueError(f"{folder} is of another model: {manifest['config']}")
     sampler.load_state_dict(manifest["sampler"])
-    # the tensors are the model's and the optimizer's own: they are filled in place
+    # the tensors are the model's own, and the optimizer's, made by a step at rate 0: they are filled in place
     dcp.load(tensors_of(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     return manifest["step"]
 
@@ -291,7 +291,7 @@ def batches(data, sampler, args):
 
 # --------------------------------------------------------------------------------------------------------------------
 # data: item i is (i, latents [c, T, h, w], text [L, text_dim], pooled [pooled_dim]); for image-to-video models also a dict
-# with image [C, 1, h, w]; its key `empty` is the (text, pooled) that a dropped caption becomes, by default zeros
+# with image [c, 1, h, w]; its key `empty` is the (text, pooled) that a dropped caption becomes, by default zeros
 
 
 def build_data(config, args):

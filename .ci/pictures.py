@@ -487,7 +487,7 @@ def draw_block():
 # --------------------------------------------------------------------------------------------------------------------
 # the toy's clips over training
 
-STEPS = (50, 150, 300, 600, 900)
+STEPS = (100, 300, 700, 1500, 2500)
 PROMPTS = (
     "a blue circle moves up",
     "a red square moves left",

@@ -136,7 +136,7 @@ def write_trace(path, clock, late=0):
 
 @pytest.mark.parametrize("clock", [0, 1000])
 def test_the_picture_of_a_block_shows_who_waits(clock, tmp_path):
-    """Of an exchange on the rank that comes first, what lies before the other one's beginning is waiting."""
+    """Count as waiting what lies before the other rank's beginning, in an exchange of the rank that comes first."""
     write_trace(tmp_path / "x-0.json.gz", 0)
     write_trace(tmp_path / "x-1.json.gz", clock, late=5)
     pictures = pictures_in(tmp_path)
