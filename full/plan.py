@@ -21,7 +21,7 @@ from full.flags import check_range, check_train, default_batch, get_config, is_b
 from full.folder import build_data, largest_shape
 from full.hub import find_model
 from full.lora import add_lora
-from full.memory import pinned
+from full.memory import check_host, pinned
 from hunyuan_sp import HunyuanVideo
 
 TEXT = 60  # text tokens of a sample
@@ -76,6 +76,13 @@ def plan(config, args):
     # the kept activations go as the gradients come
     parts["all"] = parts["weights"] + parts["optimizer"] + max(parts["kept"], parts["gradients"]) + parts["working"]
     return {name: round(value / 2**30, 1) for name, value in parts.items()}
+
+
+def check_offload(config, args, pm):
+    """Raise ValueError if the host lacks the memory for what --offload keeps there in training. Call it before loading."""
+    if args.offload and pm.device.type == "cuda":
+        here = Namespace(**vars(args) | dict(dp=pm.dp_size, sp=pm.sp_size))
+        check_host(args.offload, 2**30 * plan(config, here)["host"], pm.world_size)
 
 
 @functools.cache

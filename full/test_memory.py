@@ -14,10 +14,11 @@ import full.memory
 import full.offload
 from full import faults
 from full.fa4 import fastest_kernel
-from full.flags import parse_train
+from full.flags import get_config, parse_train
 from full.infer import parse as parse_infer
 from full.lora import add_lora, layers_of
 from full.memory import check_host, cure, host_left, limit_memory, pinned
+from full.plan import check_offload
 from full.slices import slice_mlps
 from hunyuan_sp import CHECKPOINTING, KEPT
 from test_sp import CONFIG, close, draws, eager_compiler, random_inputs, random_model
@@ -132,6 +133,26 @@ def test_a_host_that_is_too_small():
         sentence = "--offload activations --offload weights needs 9.0 GiB of this host's memory, and 6.0 are left"
         with pytest.raises(ValueError, match=sentence):
             check_host(["activations", "weights"], 3 * 2**30, 3)
+
+
+def test_training_needs_the_hosts_memory(monkeypatch):
+    """Attention's output lies there too, with `attention`: 60 blocks, 512 MiB each as pinned."""
+    monkeypatch.setattr(full.memory, "host_left", lambda: 2**30)
+    size, offload = (
+        "--config 13b --lora 32 --height 720 --width 1280 --frames 49",
+        "--offload activations --offload weights",
+    )
+    pm, needed = SimpleNamespace(dp_size=1, sp_size=1, world_size=1, device=torch.device("cuda")), []
+    for checkpointing in ("full", "attention"):
+        args = parse_train("", f"{size} {offload} --checkpointing {checkpointing}".split())
+        with pytest.raises(
+            ValueError, match=f"^{offload} needs .* GiB of this host's memory, and 1.0 are left"
+        ) as error:
+            check_offload(get_config(args), args, pm)
+        needed.append(float(str(error.value).split("needs ")[1].split()[0]))
+    assert needed[1] - needed[0] == pytest.approx(30, abs=0.2) and 60 < needed[0] < 70
+    monkeypatch.setattr(full.memory, "host_left", lambda: 100 * 2**30)
+    check_offload(get_config(args), args, pm)
 
 
 def test_a_limit_is_one_less(monkeypatch):

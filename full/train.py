@@ -9,7 +9,6 @@ It takes its steps with train_min.py's `train_step`. full.encode writes latents/
 import contextlib
 import math
 import os
-from argparse import Namespace
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -45,9 +44,9 @@ from full.folder import (
 )
 from full.hub import find_model
 from full.lora import add_lora, in_folder, init_lora, lora_facts, save_lora
-from full.memory import check_host, cure, limit_memory
+from full.memory import cure, limit_memory
 from full.offload import offloaded
-from full.plan import plan
+from full.plan import check_offload
 from full.resume import check_same, end_run, find_start, say_changes, say_oddities, what_is_trained
 from full.screen import Progress, say
 from full.slices import slice_mlps
@@ -163,9 +162,7 @@ class Run:
         args.batch = args.batch or self.state.get("batch") or default_batch(args, pm.dp_size)
         if pm.is_main:
             say_oddities(args, data, pm.dp_size)
-        if args.offload and pm.device.type == "cuda":
-            each = 2**30 * plan(config, Namespace(**vars(args) | dict(dp=pm.dp_size, sp=pm.sp_size)))["host"]
-            faults.together(lambda: check_host(args.offload, each, pm.world_size))
+        faults.together(lambda: check_offload(config, args, pm))
         kinds = dict(shapes=self.data.shapes, names=self.data.names)  # a step takes samples of one shape
         layout = pm.dp_rank, pm.dp_size, args.accumulation
         self.sampler = DPSPBatchSampler(len(self.data), args.batch, *layout, args.seed, **kinds)
