@@ -363,14 +363,14 @@ def beside(labels, gap=8):
     return middles
 
 
-def ticks(start, end, x, y, scale):
-    """An axis in ms under the rows, a tick every 1, 2 or 5 times a power of ten: at most a dozen."""
+def ticks(start, end, y, scale):
+    """Return an axis in ms under the rows, with a tick every 1, 2 or 5 times a power of ten: at most a dozen."""
     step = next(s for n in range(-2, 6) for s in (10**n, 2 * 10**n, 5 * 10**n) if (end - start) / s <= 12)
-    parts = [line(x, y, x + (end - start) * scale, y, LINE, 1)]
+    parts = [line(LEFT, y, LEFT + (end - start) * scale, y, PALE, 1), text(LEFT - 20, y + 16, "ms", 11, "end", PALE)]
     for n in range(math.ceil(start / step), math.floor(end / step) + 1):
-        at = x + (n * step - start) * scale
-        parts += [line(at, y, at, y + 4, LINE, 1), text(f"{at:.1f}", y + 16, f"{n * step:g}", 11, "middle", PALE)]
-    return [*parts, text(x - 10, y + 16, "ms", 11, "end", PALE)]
+        at = LEFT + (n * step - start) * scale
+        parts += [line(at, y, at, y + 4, PALE, 1), text(f"{at:.1f}", y + 16, f"{n * step:g}", 11, "middle", PALE)]
+    return parts
 
 
 def draw_rows(ranks, window, y, height, lane, ready):
@@ -414,13 +414,7 @@ def draw_rows(ranks, window, y, height, lane, ready):
     y += 4
 
     dashes = [line(at(ms), top - 2, at(ms), y, INK, 1.3, dashed=True) for ms in ready if lane and begin < ms < end]
-    labels.append(line(LEFT, y, at(end), y, PALE, 1))
-    labels.append(text(LEFT - 20, y + 16, "ms", 11, "end", PALE))
-    step = next(s for n in range(-2, 6) for s in (10**n, 2 * 10**n, 5 * 10**n) if (end - begin) / s <= 12)
-    for n in range(math.ceil(begin / step), math.floor(end / step) + 1):
-        labels.append(line(at(n * step), y, at(n * step), y + 4, PALE, 1))
-        labels.append(text(f"{at(n * step):.1f}", y + 16, f"{n * step:g}", 11, "middle", PALE))
-    return [*bars, *dashes, *labels], y
+    return [*bars, *dashes, *labels, *ticks(begin, end, y, scale)], y
 
 
 def table(ranks, y):
