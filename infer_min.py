@@ -117,12 +117,22 @@ def infer(args):
         if pm.is_main:
             print(f"{prompt}: {args.steps} steps in {time.perf_counter() - began:.2f} s", flush=True)
             if args.score:
-                scores.append([word in prompt.split() for word in Shapes.measure(clip)])
+                scores.append(score(clip, prompt))
             else:
                 show(clip, f"{args.output}-{n}" if n else args.output, toy)
     if scores:
-        print("of {} prompts right: colour {}, shape {}, direction {}".format(len(scores), *map(sum, zip(*scores))))
+        print(score_line(scores))
     return pm
+
+
+def score(clip, prompt):
+    """Return whether colour, shape and direction in a clip's pixels are those of its prompt: three booleans."""
+    return [word in prompt.split() for word in Shapes.measure(clip)]
+
+
+def score_line(scores):
+    """Return what is printed of the scores of several clips."""
+    return "of {} prompts right: colour {}, shape {}, direction {}".format(len(scores), *map(sum, zip(*scores)))
 
 
 def build_model(pm, args):

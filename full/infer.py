@@ -46,7 +46,7 @@ from full.speed import Clock
 from full.vae import decode
 from full.video import read_image
 from hunyuan_sp import latent_shape
-from infer_min import sample
+from infer_min import sample, score, score_line
 from sampler import seeded
 from train_min import Shapes
 
@@ -124,7 +124,7 @@ def infer(args):
         check_finite(pixels, clip.prompt)
         writes = pm.sp_rank == 0 and not (job.surplus and turn == len(job.mine) - 1)
         if args.score and writes:
-            scores.append([word in clip.prompt.split() for word in Shapes.measure(latents.cpu())])
+            scores.append(score(latents.cpu(), clip.prompt))
         with stages("write"):
             write = partial(clip.write, latents.cpu(), pixels, job.toy)
             faults.together(write if writes and not args.score else lambda: None)
@@ -261,7 +261,7 @@ def report(pm, args, scores, clock, stages, toy):
     if not pm.is_main:
         return
     if args.score:
-        say("of {} prompts right: colour {}, shape {}, direction {}".format(len(everyone), *map(sum, zip(*everyone))))
+        say(score_line(everyone))
     elif not toy:
         say(json.dumps(clock.report() | stages.report()))
 
