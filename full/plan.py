@@ -39,9 +39,9 @@ def add_flags(own):
 # memory
 
 
-def plan(config, args):
+def plan(config, args, shape=None):
     """Return {part: GiB} that a GPU needs for these flags in bf16 with --compile, and of the host's memory each rank: to
-    within 10 % of what was measured.
+    within 10 % of what was measured. shape: the largest sample's latents, if the caller knows it.
 
     In multiples of one activation, 2 bytes x hidden size for each of a rank's tokens: what a block keeps until its backward,
     and what the backward of one block works with, plain and with its MLP in slices (not measured but with full offloaded).
@@ -58,7 +58,7 @@ def plan(config, args):
     trained, frozen = (sum(n for n, trains in params if trains == kind) for kind in (True, False))
     gathered = sum(2 * 2 * n + 4 * n * trains for n, trains in largest)  # the next block too
 
-    tokens = rows_of(args, dp) * -(-(tokens_of(config, args) + TEXT) // args.sp)
+    tokens = rows_of(args, dp) * -(-(tokens_of(config, shape or shape_of(config, args)) + TEXT) // args.sp)
     activation = 2 * config.hidden_size * tokens
     averaged = 4 * trained / shard * (args.ema > 0)
     parts = dict(weights=(4 * trained + 2 * frozen) / shard + averaged, optimizer=8 * trained / shard)
@@ -71,18 +71,20 @@ def plan(config, args):
         parts |= dict(weights=0, optimizer=0, gradients=0, host=averaged)  # a save makes no copy
         for n, trains in params:
             parts["host"] += 2 * pinned(4 * n / shard) + 8 * n / shard if trains else pinned(2 * n / shard)
-    if "activations" in args.offload:
-        parts["host"] += on_host * count * pinned(activation)
+    parts["host"] += on_host * count * pinned(activation)
     # the kept activations go as the gradients come
     parts["all"] = parts["weights"] + parts["optimizer"] + max(parts["kept"], parts["gradients"]) + parts["working"]
     return {name: round(value / 2**30, 1) for name, value in parts.items()}
 
 
-def check_offload(config, args, pm):
-    """Raise ValueError if the host lacks the memory for what --offload keeps there in training. Call it before loading."""
+def check_offload(config, args, shape, pm):
+    """Raise ValueError if the host lacks the memory for what --offload keeps there in training. Call it before loading.
+
+    shape: [C, T, h, w] of the largest sample's latents.
+    """
     if args.offload and pm.device.type == "cuda":
         here = Namespace(**vars(args) | dict(dp=pm.dp_size, sp=pm.sp_size))
-        check_host(args.offload, 2**30 * plan(config, here)["host"], pm.world_size)
+        check_host(args.offload, 2**30 * plan(config, here, shape)["host"], pm.world_size)
 
 
 @functools.cache
@@ -112,9 +114,9 @@ def shape_of(config, args):
     return SHAPES[key]
 
 
-def tokens_of(config, args):
-    """Return the video tokens of the largest sample."""
-    return math.prod(shape_of(config, args)[1:]) // math.prod(config.patch_size)
+def tokens_of(config, shape):
+    """Return the video tokens of latents [C, T, h, w]."""
+    return math.prod(shape[1:]) // math.prod(config.patch_size)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def seconds(config, args):
     ranks, params = dp * args.sp, sizes_of(config, args.lora)[0]
     trained, frozen = (sum(n for n, trains in params if trains == kind) for kind in (True, False))
     samples, blocks = args.accumulation * rows_of(args, dp), config.double_depth + config.single_depth
-    n = tokens_of(config, args) + TEXT
+    n = tokens_of(config, shape_of(config, args)) + TEXT
     local, busiest = n / args.sp, -(-config.num_heads // args.sp) / config.num_heads
     again = args.checkpointing != "none"
     linears = (8 + 4 * config.mlp_ratio) * width**2 * local / LINEARS

@@ -138,21 +138,19 @@ def test_a_host_that_is_too_small():
 def test_training_needs_the_hosts_memory(monkeypatch):
     """Attention's output lies there too, with `attention`: 60 blocks, 512 MiB each as pinned."""
     monkeypatch.setattr(full.memory, "host_left", lambda: 2**30)
-    size, offload = (
-        "--config 13b --lora 32 --height 720 --width 1280 --frames 49",
-        "--offload activations --offload weights",
-    )
+    size, shape = "--config 13b --lora 32 --height 720 --width 1280 --frames 49", (16, 13, 90, 160)
+    offload = "--offload activations --offload weights"
     pm, needed = SimpleNamespace(dp_size=1, sp_size=1, world_size=1, device=torch.device("cuda")), []
     for checkpointing in ("full", "attention"):
         args = parse_train("", f"{size} {offload} --checkpointing {checkpointing}".split())
         with pytest.raises(
             ValueError, match=f"^{offload} needs .* GiB of this host's memory, and 1.0 are left"
         ) as error:
-            check_offload(get_config(args), args, pm)
+            check_offload(get_config(args), args, shape, pm)
         needed.append(float(str(error.value).split("needs ")[1].split()[0]))
     assert needed[1] - needed[0] == pytest.approx(30, abs=0.2) and 60 < needed[0] < 70
     monkeypatch.setattr(full.memory, "host_left", lambda: 100 * 2**30)
-    check_offload(get_config(args), args, pm)
+    check_offload(get_config(args), args, shape, pm)
 
 
 def test_a_limit_is_one_less(monkeypatch):

@@ -162,7 +162,7 @@ class Run:
         args.batch = args.batch or self.state.get("batch") or default_batch(args, pm.dp_size)
         if pm.is_main:
             say_oddities(args, data, pm.dp_size)
-        faults.together(lambda: check_offload(config, args, pm))
+        faults.together(lambda: check_offload(config, args, largest_shape(data), pm))
         kinds = dict(shapes=self.data.shapes, names=self.data.names)  # a step takes samples of one shape
         layout = pm.dp_rank, pm.dp_size, args.accumulation
         self.sampler = DPSPBatchSampler(len(self.data), args.batch, *layout, args.seed, **kinds)
