@@ -226,8 +226,7 @@ def backends(device):
 
 @torch.compiler.disable  # blocks are compiled on both sides of it
 def joint_attention(qkv, video, lengths, group=None, attention=sdpa):
-    """Attend over the video tokens and the valid text tokens of each sample, on all ranks together: `ulysses` with q, k
-    and v in one collective, since they have equal lengths.
+    """Attend over each sample's video and valid text tokens, on all ranks: `ulysses`, with q, k, v in one collective.
 
     qkv [B, (S+L)/P, 3, H, D], stacked so that they travel in one collective -> [B, (S+L)/P, C].
     video: S, the video tokens over all ranks. lengths: the B numbers of valid text tokens; L is the largest of them.

@@ -5,7 +5,7 @@
     $ torchrun --nproc_per_node=1 .ci/lora.py 544x960x49 attention activations weights memory=8
     $ torchrun --nproc_per_node=1 .ci/lora.py 720x1280x129 full activations weights memory=24 slices=8 steps=2
 
-activations and weights are full.train's --offload. Several runs of one model, which is made once: put `then` between them.
+activations and weights are full.train's --offload. Several runs of one model, which is made once: put `then` between them; memory= holds until another run names one.
 It prints a JSON line a run: seconds of each step (the first two compile and allocate), peak memory, the gradient
 norm of the first step. Without trained modulations a fresh model's gates would stay zero, and zeros run faster: so all weights are
 random.
@@ -35,12 +35,12 @@ from hunyuan_sp import HunyuanConfig, HunyuanVideo, latent_shape  # noqa: E402
 def main(*words):
     runs = parse(words)
     limit_memory(runs[0].get("memory"), "cuda")
-    manager, config = ParallelManager(1, None), HunyuanConfig.preset("13b")
+    manager = ParallelManager(1, None)
     torch.set_num_threads(len(os.sched_getaffinity(0)) // torch.cuda.device_count())
-    device, generator = manager.device, torch.Generator(manager.device).manual_seed(0)
-    model, optimizer = build_model(manager, config, "weights" in runs[0]["words"], generator)
+    generator = torch.Generator(manager.device).manual_seed(0)
+    model, optimizer = build_model(manager, "weights" in runs[0]["words"], generator)
     for run in runs:
-        measure(manager, model, optimizer, config, device, generator, **run)
+        measure(manager, model, optimizer, generator, **run)
     manager.close()
 
 
@@ -54,9 +54,9 @@ def parse(words):
     return runs
 
 
-def build_model(manager, config, on_host, generator):
+def build_model(manager, on_host, generator):
     with torch.device("meta"):
-        model = HunyuanVideo(config).to(torch.bfloat16)
+        model = HunyuanVideo(HunyuanConfig.preset("13b")).to(torch.bfloat16)
         add_lora(model, 32)
     manager.shard(model, model.blocks, torch.bfloat16, offload_policy=CPUOffloadPolicy() if on_host else None)
     for param in model.parameters():
@@ -67,9 +67,8 @@ def build_model(manager, config, on_host, generator):
     return model, optimizer
 
 
-def measure(
-    manager, model, optimizer, config, device, generator, size, checkpointing, words, memory=0, slices=1, steps=4
-):
+def measure(manager, model, optimizer, generator, size, checkpointing, words, memory=0, slices=1, steps=4):
+    config, device = model.config, manager.device
     shape = latent_shape(config, *map(int, size.split("x")))
     torch.compiler.reset()  # each run compiles for its own size, as a program of its own would
     torch.cuda.empty_cache()
